@@ -1,0 +1,33 @@
+"""A tiny random Llama for every test file, and the import path."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "checkpoints")]
+
+from model import Config, Llama  # noqa: E402
+
+
+def tiny_model(seed=0, **changes):
+    """Six blocks, grouped-query, weights large enough that attention is far from uniform."""
+    shape = dict(dim=48, n_blocks=6, n_heads=4, n_kv_heads=2, head_dim=12, ffn=96, vocab=90, max_positions=512)
+    model = Llama(Config(**{**shape, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, 0.2, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model()
+
+
+@pytest.fixture
+def tokens():
+    """Two rows of 60 tokens; tests take the first 48 as the prompt."""
+    return torch.randint(0, 90, (2, 60), generator=torch.Generator().manual_seed(1))
