@@ -1,0 +1,256 @@
+"""Gradient saliency (Section 3.2, Eq. 3; Figures 1 and 2): which prompt tokens does the answer depend on?
+
+The unpruned, frozen model reads prompt and response once; one backward pass from the response's log-likelihood gives
+the gradient at every stage together. This is the marking stage of the paper, and the teacher of predictor.py.
+
+    python saliency.py --figure 1 --png fig1.png                       # heat map, block x token, of one row
+    python saliency.py --figure 2 --ckpt smollm2 --data dolly.jsonl    # sparsity against depth over many rows
+
+Shapes: B rows, N tokens (prompt and response), S stages, D hidden, L blocks.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from model import TEMPLATES, Tokenizer, load, need, positions
+
+REDUCE = ("norm_gx", "norm_g", "abs_dot")
+
+
+def mark(model, tokens, prompt_len, blocks):
+    """The marking stage: one forward, one backward, all stages.
+
+    tokens (B, N) = prompt then response, prompt_len < N, blocks = numbers (from 1) of the blocks whose outputs are asked for.
+    Returns states and grads, lists of (B, N, D) in the order of `blocks`, and the response's logits (B, N - prompt_len, V).
+    A gradient is that of T, the summed log-likelihood of the response tokens.
+    """
+    blocks = list(blocks)
+    need(1 <= prompt_len < tokens.shape[1], f"marking needs a prompt and a response: {prompt_len} prompt tokens of {tokens.shape[1]}")
+    need(blocks == sorted(set(blocks)) and blocks and 1 <= blocks[0] and blocks[-1] <= len(model.blocks),
+         f"stages after blocks {blocks}: expected increasing numbers from 1 to {len(model.blocks)}")
+    rope = model.rope(positions(tokens), tokens.shape[1])
+    states = []
+    with torch.enable_grad():
+        x = model.embed(tokens)
+        for i, block in enumerate(model.blocks, start=1):
+            x = block(x, rope)
+            if i == blocks[0]:
+                x = x.detach().requires_grad_()      # no gradient is needed below the first stage
+            if i in blocks:
+                states.append(x)
+        logits = model.logits(x[:, prompt_len - 1:-1])               # position t predicts token t + 1
+        T = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="sum")
+        grads = torch.autograd.grad(T, states)
+    return [x.detach() for x in states], list(grads), logits.detach()
+
+
+def reduce_saliency(g, x, reduce="norm_gx"):
+    """One number per token from gradient g and state x, both (B, n, D) -> (B, n) fp32.
+
+    abs_dot is the literal Eq. 3, |g . x|; norm_g is the norm of g; norm_gx the norm of the elementwise product g * x.
+    """
+    g, x = g.float(), x.float()
+    if reduce == "abs_dot":
+        return (g * x).sum(-1).abs()                                 # Eq. 3
+    if reduce == "norm_g":
+        return g.norm(dim=-1)
+    need(reduce == "norm_gx", f"unknown saliency reduction {reduce!r}; there are {', '.join(REDUCE)}")
+    return (g * x).norm(dim=-1)
+
+
+def saliency(model, tokens, prompt_len, blocks, reduce="norm_gx"):
+    """Saliency of every token at every stage: tokens (B, N) -> (S, B, N) fp32. Eq. 3; arguments as for `mark`.
+
+    Columns from prompt_len on are the response's own tokens; they are never candidates for dropping.
+    """
+    states, grads, _ = mark(model, tokens, prompt_len, blocks)
+    return torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)])
+
+
+def sparsity(s):
+    """Share of tokens whose saliency is at most 10% of the largest of their row (Figure 2): s (..., n) -> (...)."""
+    return (s <= 0.1 * s.amax(-1, keepdim=True)).float().mean(-1)
+
+
+# ------------------------------------------------------------------------------------------------- rows of a data file
+
+
+class Example(NamedTuple):
+    tokens: torch.Tensor            # (N,) prompt then response
+    prompt_len: int
+
+
+def read_rows(path, split="all"):
+    """Rows of a JSONL file. split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all"."""
+    path = Path(path)
+    need(path.is_file(), f"{path}: no such data file")
+    rows = []
+    with path.open(encoding="utf-8") as f:
+        try:
+            for number, line in enumerate(f, start=1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except (json.JSONDecodeError, RecursionError) as e:
+                        raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+                    need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
+    cut = len(rows) - max(1, len(rows) // 10)
+    return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
+
+
+def encode_row(tokenizer, row, template="plain", max_response=96):
+    """A Dolly row {instruction, context, response} -> Example: the context follows the instruction after a blank line."""
+    for field in ("instruction", "response"):
+        need(isinstance(row.get(field), str), f"a data row lacks the text field {field!r}: it has {sorted(row)}")
+    context = row.get("context") or ""
+    text = row["instruction"] + ("\n\n" + context if context else "")
+    prompt = tokenizer.encode(TEMPLATES[template].format(text))
+    response = tokenizer.encode(row["response"], bos=False)[:max_response]
+    return Example(torch.tensor(prompt + response), len(prompt))
+
+
+def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096, max_response=96, context=False, limit=None):
+    """Encoded rows of a file whose prompt has min_prompt..max_prompt tokens (`context`: only rows that have one), at most `limit`."""
+    found = []
+    for row in read_rows(path, split):
+        if context and not row.get("context"):
+            continue
+        example = encode_row(tokenizer, row, template, max_response)
+        if min_prompt <= example.prompt_len <= max_prompt and example.prompt_len < len(example.tokens):
+            found.append(example)
+            if limit and len(found) == limit:
+                break
+    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens")
+    return found
+
+
+def add_data_arguments(parser, limit):
+    """The options by which every command chooses its rows."""
+    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the toy's own rows)")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: the predictors', else plain)")
+    parser.add_argument("--context", action="store_true", help="only rows that have a context")
+    parser.add_argument("--min-prompt", type=int, default=1, help="shortest prompt, in tokens")
+    parser.add_argument("--max-prompt", type=int, default=2048, help="longest prompt, in tokens")
+    parser.add_argument("--max-response", type=int, default=96, help="responses are cut to this many tokens")
+    parser.add_argument("--limit", type=int, default=limit, help="at most this many rows")
+
+
+def rows_from(args, tokenizer, split, template=None, limit=None):
+    """`examples` with the options of `add_data_arguments`."""
+    path = args.data or Path(__file__).resolve().parent / "checkpoints" / "toy" / "train.jsonl"
+    return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt, args.max_prompt, args.max_response,
+                    args.context, limit or args.limit)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def heat_text(s, labels, color):
+    """Figure 1 in the terminal: s (L, n) normalised per block, one line a token, one cell a block."""
+    s = s / s.amax(-1, keepdim=True).clamp(min=1e-30)
+    shades = " .:-=+*#%@"
+    lines = ["block " + "".join(f"{i:>2}" if i % 4 == 0 else "  " for i in range(1, len(s) + 1))]
+    for column, label in zip(s.T.tolist(), labels):
+        cells = "".join(f"\x1b[48;5;{232 + round(23 * v ** 0.5)}m  \x1b[0m" if color else 2 * shades[round(9 * v ** 0.5)] for v in column)
+        lines.append("      " + cells + "  " + label.replace("\n", "\\n"))
+    return "\n".join(lines)
+
+
+def figure1(s, labels, path):
+    plt = pyplot()
+    s = (s / s.amax(-1, keepdim=True).clamp(min=1e-30)).cpu()
+    fig, ax = plt.subplots(figsize=(max(6, 0.16 * len(labels)), 1.5 + 0.16 * len(s)))
+    image = ax.imshow(s, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(-0.5, len(labels) - 0.5, len(s) + 0.5, 0.5))
+    ax.set_xticks(range(len(labels)), [label.strip() or repr(label)[1:-1] for label in labels], rotation=90, fontsize=6)
+    ax.set(ylabel="block", title="Saliency, normalised per block")
+    fig.colorbar(image, ax=ax, pad=0.01)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def figure2(values, path, title):
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6, 3.5))
+    ax.plot(range(1, len(values) + 1), values, marker="o", ms=3)
+    ax.set(xlabel="block", ylabel="sparsity", ylim=(0, 1), title=title)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def pyplot():
+    """matplotlib, an optional extra, without a display."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need the optional package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/")
+    parser.add_argument("--figure", type=int, choices=(1, 2), default=1, help="1: heat map of one row; 2: sparsity per block over rows")
+    parser.add_argument("--reduce", choices=REDUCE, default="norm_gx", help="how the gradient becomes one number per token")
+    parser.add_argument("--row", type=int, default=0, help="Figure 1: which of the held-out rows")
+    parser.add_argument("--prompt", help="Figure 1: this prompt instead of a row (with --response)")
+    parser.add_argument("--response", help="Figure 1: the answer whose log-likelihood is traced back")
+    parser.add_argument("--png", help="write the figure here (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
+    add_data_arguments(parser, limit=20)
+    args = parser.parse_args()
+    model, tokenizer = load(args.ckpt), Tokenizer(args.ckpt)
+    blocks = range(1, len(model.blocks) + 1)
+    if args.figure == 1:
+        if args.prompt:
+            need(args.response, "--prompt needs --response: saliency is the gradient of the response's log-likelihood")
+            row = {"instruction": args.prompt, "response": args.response}
+            example = encode_row(tokenizer, row, args.template or "plain", args.max_response)
+        else:
+            rows = rows_from(args, tokenizer, "heldout", limit=args.row + 1)
+            need(args.row < len(rows), f"--row {args.row}: there are {len(rows)} rows")
+            example = rows[args.row]
+        s = saliency(model, example.tokens[None].to(model.device), example.prompt_len, blocks, args.reduce)[:, 0, :example.prompt_len]
+        labels = [tokenizer.piece(t) for t in example.tokens[:example.prompt_len].tolist()]
+        print(heat_text(s.cpu(), labels, sys.stdout.isatty()))
+        if args.png:
+            figure1(s, labels, args.png)
+        result = {"figure": 1, "reduce": args.reduce, "tokens": labels, "saliency": s.tolist()}
+    else:
+        rows = rows_from(args, tokenizer, "heldout")
+        total, start = torch.zeros(len(model.blocks)), time.time()
+        for done, example in enumerate(rows, start=1):
+            s = saliency(model, example.tokens[None].to(model.device), example.prompt_len, blocks, args.reduce)
+            total += sparsity(s[:, 0, :example.prompt_len]).cpu()
+            left = (time.time() - start) / done * (len(rows) - done)
+            print(f"\r{done}/{len(rows)} rows, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        values = (total / len(rows)).tolist()
+        for block, value in zip(blocks, values):
+            print(f"block {block:3d}  sparsity {value:.3f}  " + "#" * round(50 * value))
+        if args.png:
+            figure2(values, args.png, f"Sparsity of salient tokens, {args.ckpt}, {len(rows)} rows")
+        result = {"figure": 2, "reduce": args.reduce, "rows": len(rows), "sparsity": values}
+    if args.json:
+        print(json.dumps({"command": " ".join(sys.argv), "ckpt": args.ckpt, **result}))
+
+
+def cli(main):
+    """Run a command's main: bad input ends in one line on stderr and exit code 2, not in a traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+
+
+if __name__ == "__main__":
+    cli(main)
