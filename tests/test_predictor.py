@@ -1,0 +1,121 @@
+"""Eq. 1, 2, 4, 5, 6: the module, the mask, the losses against plain loops, and the predictors file."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_model
+from predictor import (Predictor, gumbel_mask, load_predictors, mse_loss, mse_target, ranking_loss, save_predictors, score)
+from prune import Schedule
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_module_shape_and_score():
+    logits = Predictor(48)(rand(2, 7, 48))
+    assert logits.shape == (2, 7, 2) and logits.dtype == torch.float32
+    assert torch.equal(score(logits), logits[..., 0] - logits[..., 1])
+
+
+def ranking_by_loops(s, t, m):
+    total = pairs = 0
+    for row in range(len(s)):
+        for i in range(len(s[0])):
+            for j in range(i + 1, len(s[0])):
+                if m[row][i] and m[row][j]:
+                    sign = (t[row][i] > t[row][j]) - (t[row][i] < t[row][j])
+                    total += math.log(1 + math.exp(-(s[row][i] - s[row][j]) * sign))
+                    pairs += 1
+    return total / pairs
+
+
+@pytest.mark.parametrize("chunk", [1024, 5, 1])
+def test_ranking_loss_equals_a_double_loop(chunk):
+    s, t = rand(2, 13).double().requires_grad_(), rand(2, 13, seed=1).abs().double()
+    t[0, 3] = t[0, 4]               # a tie
+    m = torch.rand(2, 13, generator=torch.Generator().manual_seed(2)) > 0.3
+    loss = ranking_loss(s, t, m, chunk=chunk)
+    assert abs(loss.item() - ranking_by_loops(s.tolist(), t.tolist(), m.tolist())) < 1e-9
+    loss.backward()
+    eps = 1e-6
+    for i in (0, 7):
+        up, down = s.detach().clone(), s.detach().clone()
+        up[0, i] += eps
+        down[0, i] -= eps
+        slope = (ranking_loss(up, t, m) - ranking_loss(down, t, m)) / (2 * eps)
+        assert abs(slope - s.grad[0, i]) < 1e-7
+    assert (s.grad[~m] == 0).all()
+
+
+def test_ranking_loss_prefers_the_right_order():
+    t = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert ranking_loss(t, t) < math.log(2) < ranking_loss(-t, t)
+    assert ranking_loss(t[:, :1], t[:, :1]) == 0, "one token has no pair"
+
+
+def test_mse_target_is_standardised_over_the_masked_tokens():
+    s, m = rand(3, 200).exp(), torch.rand(3, 200) > 0.2
+    for row in range(3):
+        z = mse_target(s, m)[row, m[row]]
+        assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.05
+    assert torch.allclose(mse_target(s, m), mse_target(1000 * s, m), atol=1e-4), "the scale of a prompt's saliency does not matter"
+    assert mse_loss(mse_target(s, m), s, m) == 0
+    assert torch.isfinite(mse_target(torch.zeros(1, 5))).all()
+
+
+def test_gumbel_mask_is_hard_and_its_gradient_soft():
+    torch.manual_seed(0)
+    logits = rand(4, 5000, 2).requires_grad_()
+    mask = gumbel_mask(logits, tau=0.7)
+    assert set(mask.detach().unique().tolist()) == {0.0, 1.0}
+    kept, p = mask.detach().mean(), torch.softmax(logits, -1)[..., 0].mean()
+    assert abs(kept - p) < 0.01, "a token is kept with its softmax probability (Gumbel-max)"
+    mask.sum().backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[..., 0] > 0).float().mean() > 0.99
+
+
+def test_a_dropped_token_stays_dropped():
+    previous = (torch.rand(2, 50) > 0.5).float()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert (gumbel_mask(rand(2, 50, 2), previous=previous) * (1 - previous)).sum() == 0
+
+
+def saved(tmp_path, model, schedule, **notes):
+    predictors = nn.ModuleList(Predictor(model.config.dim) for _ in range(schedule.stages))
+    path = tmp_path / "predictors.safetensors"
+    save_predictors(path, predictors, model.config, schedule, **notes)
+    return path, predictors
+
+
+def test_predictors_file_round_trip(tmp_path, tiny):
+    schedule = Schedule(1, 2, 3, 0.7)
+    path, predictors = saved(tmp_path, tiny, schedule, reduce="norm_g")
+    again, metadata = load_predictors(path, tiny)
+    x = rand(1, 9, 48)
+    assert all(torch.equal(a(x), b(x)) for a, b in zip(predictors, again))
+    assert metadata["reduce"] == "norm_g" and Schedule(**metadata["schedule"]) == schedule
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left behind"
+
+
+def test_predictors_of_another_model_or_other_stages_are_refused(tmp_path, tiny):
+    path, _ = saved(tmp_path, tiny, Schedule(1, 2, 3, 0.7))
+    with pytest.raises(ValueError, match="another model"):
+        load_predictors(path, tiny_model(n_heads=2, n_kv_heads=2, head_dim=24))
+    for other in (Schedule(2, 2, 3, 0.7), Schedule(1, 1, 3, 0.7), Schedule(1, 2, 2, 0.7)):
+        with pytest.raises(ValueError, match=r"after blocks \[1, 3, 5\]"):
+            load_predictors(path, tiny, other)
+    load_predictors(path, tiny, Schedule(1, 2, 3, 0.5))              # another keep ratio is fine
+
+
+def test_damaged_predictors_file_is_refused(tmp_path, tiny):
+    path, _ = saved(tmp_path, tiny, Schedule(1, 2, 3, 0.7))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        load_predictors(path, tiny)
+    with pytest.raises(ValueError, match="no such file"):
+        load_predictors(tmp_path / "none.safetensors", tiny)
