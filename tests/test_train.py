@@ -1,0 +1,143 @@
+"""Eq. 7 and 8: what each loss reaches, the masks, resume after a kill, and a run that stops on NaN."""
+import pytest
+import torch
+from torch import nn
+
+import train as T
+from conftest import tiny_model
+from model import masked_attention, positions, visible
+from predictor import Predictor, load_predictors, load_tensors
+from prune import Schedule
+from saliency import Example
+
+SCHEDULE = Schedule(1, 1, 4, 0.8)
+
+
+def arguments(*words):
+    return T.arguments().parse_args([str(w) for w in words])
+
+
+def rows(n, length=40, prompt_len=30):
+    generator = torch.Generator().manual_seed(4)
+    return [Example(torch.randint(0, 90, (length,), generator=generator), prompt_len) for _ in range(n)]
+
+
+def fresh_predictors(seed=0):
+    torch.manual_seed(seed)
+    return nn.ModuleList(Predictor(48) for _ in range(4))
+
+
+@pytest.mark.parametrize("loss", ["cls", "mse", "rank", "distill"])
+@pytest.mark.parametrize("mask", ["gumbel", "topk"])
+def test_each_loss_alone_reaches_every_stage_and_never_the_backbone(tiny, tokens, loss, mask):
+    weights = [w for name in ("cls", "mse", "rank", "distill") for w in (f"--{name}", float(name == loss))]
+    predictors = fresh_predictors()
+    found, kept = T.losses(tiny, predictors, tokens[:1], 48, SCHEDULE, arguments(*weights, "--mask", mask))
+    assert list(found) == [loss] and len(kept) == 4
+    found[loss].backward()
+    for stage, p in enumerate(predictors):
+        for name, w in p.named_parameters():
+            # adding a constant to both logits changes nothing, so no more than this is asked of a bias
+            assert torch.isfinite(w.grad).all() and (w.grad != 0).any(), (stage, name)
+    assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_regression_on_marked_states_skips_the_pruning_pass(tiny, tokens):
+    found, kept = T.losses(tiny, fresh_predictors(), tokens, 48, SCHEDULE, arguments("--cls", 0, "--states", "marked"))
+    assert set(found) == {"mse", "rank"} and kept == []
+
+
+@pytest.mark.parametrize("mask", ["gumbel", "topk"])
+def test_masks_are_hard_cumulative_and_spare_the_protected(tiny, tokens, mask):
+    torch.manual_seed(1)
+    _, _, masks = T.masked_pass(tiny, fresh_predictors(), tokens, 48, SCHEDULE, mask)
+    spared = ~T.candidates(positions(tokens), 48, SCHEDULE)
+    assert spared[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3] + list(range(43, 60))
+    for before, after in zip(masks, masks[1:]):
+        assert set(after.unique().tolist()) == {0.0, 1.0}
+        assert (after <= before).all() and (after[spared] == 1).all()
+    if mask == "topk":
+        assert [int(m[0, :48].sum()) for m in masks] == SCHEDULE.counts(48, 6)[:5]
+
+
+def test_the_masks_gradient_is_that_of_letting_a_token_in_a_little():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 9, 12, generator=generator) for h in (4, 2, 2))
+    see, keep = visible(torch.arange(9)[None], torch.arange(9)[None]), torch.ones(1, 9)
+    keep[0, 3] = 0
+    keep.requires_grad_()
+    masked_attention(q, k, v, see, keep).square().sum().backward()
+    eps = 1e-3
+    up = keep.detach().clone()
+    up[0, 5] += eps
+    down = keep.detach().clone()
+    down[0, 5] -= eps
+    slope = (masked_attention(q, k, v, see, up).square().sum() - masked_attention(q, k, v, see, down).square().sum()) / (2 * eps)
+    assert abs(slope - keep.grad[0, 5]) < 2e-2 * max(1, abs(slope)) and keep.grad[0, 3] != 0
+
+
+def run(tmp_path, name, *words):
+    args = arguments("--accum", 2, "--report-every", 100, "--cls", 1, *words)
+    out = tmp_path / name / "predictors.safetensors"
+    log = T.train(tiny_model(), rows(6), [], SCHEDULE, args, out)
+    return out, [entry["loss"] for entry in log]
+
+
+def test_training_lowers_the_ranking_loss_and_writes_loadable_predictors(tmp_path, tiny):
+    out, losses = run(tmp_path, "a", "--steps", 60, "--cls", 0, "--mse", 0, "--states", "marked", "--lr", 3e-3)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    predictors, metadata = load_predictors(out, tiny, SCHEDULE)
+    assert len(predictors) == 4 and metadata["reduce"] == "norm_gx" and metadata["steps"] == "60"
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resume_after_a_kill_gives_the_losses_of_an_unbroken_run(tmp_path, monkeypatch):
+    out, whole = run(tmp_path, "whole", "--steps", 8)
+    calls = 0
+    original = T.losses
+
+    def dies(*a):
+        nonlocal calls
+        calls += 1
+        if calls == 11:             # in the middle of step 6: steps 1 to 5 are saved
+            raise Killed
+        return original(*a)
+    monkeypatch.setattr(T, "losses", dies)
+    with pytest.raises(Killed):
+        run(tmp_path, "broken", "--steps", 8, "--save-every", 0)
+    again, resumed = run(tmp_path, "broken", "--steps", 8, "--resume")
+    assert resumed == whole
+    a, b = load_tensors(out)[0], load_tensors(again)[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatch):
+    run(tmp_path, "nan", "--steps", 2)
+    saved = (tmp_path / "nan" / "predictors.safetensors").read_bytes()
+    monkeypatch.setattr(T, "reduce_saliency", lambda g, x, reduce: g.norm(dim=-1) * float("nan"))
+    with pytest.raises(ValueError, match="step 1: stage 1: saliency or score is not finite"):
+        run(tmp_path, "nan", "--steps", 4)
+    assert (tmp_path / "nan" / "predictors.safetensors").read_bytes() == saved
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    out, _ = run(tmp_path, "a", "--steps", 1)
+    args = arguments("--steps", 2, "--resume")
+    with pytest.raises(ValueError, match="other predictors"):
+        T.train(tiny_model(), rows(2), [], Schedule(1, 1, 2, 0.8), args, out)
+
+
+def test_spearman_and_rate():
+    a = torch.tensor([1.0, 5.0, 2.0, 9.0])
+    assert T.spearman(a, a.exp()) == pytest.approx(1) and T.spearman(a, -a) == pytest.approx(-1)
+    values = [T.rate(step, 100, 0.1) for step in range(100)]
+    assert max(values) == 1.0 and values[0] == 0.1 and values[-1] < 0.11 and values[9:] == sorted(values[9:], reverse=True)
+
+
+def test_report_measures_every_arm(tiny):
+    found = T.report(tiny, fresh_predictors().eval(), rows(2), SCHEDULE, "norm_gx")
+    assert set(found) == {"spearman", "overlap", "nll_full", "nll_sdtp", "nll_random", "nll_recent", "nll_oracle"}
+    assert all(v == v for v in found.values()) and -1 <= found["spearman"] <= 1 and 0 < found["overlap"] <= 1

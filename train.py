@@ -1,0 +1,260 @@
+"""Training the predictors (Section 3.3, Eq. 7 and 8): a marking and a pruning pass per row, the backbone frozen.
+
+Marking: the unpruned model reads the row, forward and backward, and gives every stage its saliency (saliency.py).
+Pruning: the row is read again; at each stage the predictor scores the tokens and a mask hides the dropped ones from
+attention. The loss is cross entropy of the response + MSE + ranking (Eq. 8), optionally distillation.
+
+    python train.py                                            # the toy, from nothing, under two minutes on two cores
+    python train.py --ckpt llama-7b --data dolly.jsonl         # the paper's run: two epochs of Dolly
+    python train.py --ckpt smollm2 --data dolly.jsonl --template chatml --cls 0 --mse 0 --states marked   # ranking alone
+
+Shapes: B = 1 row, N tokens (prompt and response), S stages, D hidden.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import DTYPES, Tokenizer, load, need, positions
+from predictor import (Predictor, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
+from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
+from saliency import REDUCE, add_data_arguments, cli, mark, reduce_saliency, rows_from
+
+
+def candidates(pos, prompt_len, schedule):
+    """The tokens that may be dropped: neither sink, nor local, nor response. pos (B, n) -> bool (B, n)."""
+    return (pos >= schedule.sink) & (pos < prompt_len - local_tokens(prompt_len, schedule.local))
+
+
+def topk_mask(logits, previous, pos, k, prompt_len, schedule):
+    """The mask that inference would use, k prompt tokens kept, with the gradient of the keep probability (straight-through)."""
+    alive = score(logits).detach().masked_fill(previous.detach() == 0, -math.inf)
+    index = select(alive, pos, k + pos.shape[1] - prompt_len, prompt_len, schedule.sink, schedule.local)
+    return straight_through(torch.zeros_like(previous).scatter(1, index, 1.0), torch.softmax(logits, -1)[..., 0], previous)
+
+
+def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="gumbel", tau=1.0):
+    """The pruning stage of training: tokens (B, N) -> x (B, N, D) leaving the last block, stage logits and masks.
+
+    Nothing is dropped physically; a dropped token is hidden from all later attention (it still sees itself). mask:
+    "gumbel" samples every candidate (Eq. 2), "topk" keeps exactly the scheduled count. Returns x, a list of S logits
+    (B, N, 2) and a list of S + 1 masks (B, N): masks[s] says which tokens stage s + 1 still found.
+    """
+    pos = positions(tokens)
+    rope = model.rope(pos, tokens.shape[1])
+    after = schedule.after(len(model.blocks))
+    free = candidates(pos, prompt_len, schedule)
+    x = model.embed(tokens)
+    keep, logits, masks = None, [], [torch.ones_like(pos, dtype=torch.float32)]
+    for i, block in enumerate(model.blocks, start=1):
+        x = block(x, rope, keep=keep)
+        if i in after:
+            logits.append(predictors[len(logits)](x))
+            if mask == "topk":
+                keep = topk_mask(logits[-1], masks[-1], pos, schedule.kept(prompt_len, len(logits)), prompt_len, schedule)
+            else:
+                keep = torch.where(free, gumbel_mask(logits[-1], tau, masks[-1]), 1.0)
+            masks.append(keep)
+    return x, logits, masks
+
+
+def losses(model, predictors, tokens, prompt_len, schedule, args):
+    """Everything Eq. 8 adds up, for one row (or rows of equal length): -> {name: loss}, and the share of the prompt kept per stage."""
+    states, grads, full_logits = mark(model, tokens, prompt_len, schedule.after(len(model.blocks)))
+    targets = [reduce_saliency(g, x, args.reduce) for g, x in zip(grads, states)]
+    free = candidates(positions(tokens), prompt_len, schedule)
+    found, kept = {}, []
+    if args.cls or args.distill or args.states == "pruned":
+        x, logits, masks = masked_pass(model, predictors, tokens, prompt_len, schedule, args.mask, args.tau)
+        out = model.logits(x[:, prompt_len - 1:-1])
+        if args.cls:
+            found["cls"] = F.cross_entropy(out.flatten(0, 1), tokens[:, prompt_len:].flatten())  # Eq. 7
+        if args.distill:
+            found["distill"] = F.kl_div(out.log_softmax(-1).flatten(0, 1), full_logits.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean")
+        kept = [m[:, :prompt_len].mean().item() for m in masks[1:]]
+        alive = [free & (m > 0) for m in masks[:-1]]                 # a token dropped earlier has no rank any more
+    if args.states == "marked":
+        logits, alive = [p(x) for p, x in zip(predictors, states)], [free] * len(states)
+    for s, (pi, target, m) in enumerate(zip(logits, targets, alive), start=1):
+        need(torch.isfinite(target[m]).all() and torch.isfinite(pi).all(), f"stage {s}: saliency or score is not finite")
+        if args.mse:
+            found["mse"] = found.get("mse", 0) + mse_loss(score(pi), target, m)
+        if args.rank:
+            found["rank"] = found.get("rank", 0) + ranking_loss(score(pi), target, m)            # Eq. 5
+    return found, kept
+
+
+def spearman(a, b):
+    """Rank correlation of two vectors (n,)."""
+    a, b = (v.float().argsort().argsort().float() for v in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    return ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9)).item()
+
+
+def report(model, predictors, rows, schedule, reduce):
+    """Held-out measures: mean spearman and top-k overlap with the saliency over stages and rows, and NLL per response token."""
+    after = schedule.after(len(model.blocks))
+    rho, overlap, total, count = [], [], {}, 0
+    for row, example in enumerate(rows):
+        tokens, n = example.tokens[None].to(model.device), example.prompt_len
+        states, grads, _ = mark(model, tokens, n, after)
+        s = torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)])
+        free = candidates(positions(tokens), n, schedule)[0]
+        for stage, x in enumerate(states):
+            predicted, true = score(predictors[stage](x))[0, free], s[stage][0, free]
+            if len(true) < 2:
+                continue
+            k = max(1, round(schedule.keep ** (stage + 1) * len(true)))
+            rho.append(spearman(predicted, true))
+            overlap.append(len(set(predicted.topk(k).indices.tolist()) & set(true.topk(k).indices.tolist())) / k)
+        for name, scorer in (("full", None), ("sdtp", predictor_scorer(predictors)), ("random", random_scorer(row)),
+                             ("recent", recent_scorer()), ("oracle", oracle_scorer(s))):
+            total[name] = total.get(name, 0) + nll(model, tokens, n, schedule if scorer else None, scorer).sum().item()
+        count += tokens.shape[1] - n
+    mean = lambda v: sum(v) / max(1, len(v))  # noqa: E731
+    return {"spearman": mean(rho), "overlap": mean(overlap), **{f"nll_{k}": v / count for k, v in total.items()}}
+
+
+def save_state(path, predictors, optimizer, step, log):
+    """Everything that an unbroken run would have in memory, as safetensors."""
+    tensors = {f"p.{k}": v for k, v in predictors.state_dict().items()}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"o.{i}.{k}": v for k, v in optimizer.state.get(p, {}).items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    save_tensors(path, tensors, {"step": str(step), "log": json.dumps(log)})
+
+
+def load_state(path, predictors, optimizer):
+    """The reverse of save_state: -> (steps done, log)."""
+    tensors, metadata = load_tensors(path)
+    need("step" in metadata and "rng.cpu" in tensors, f"{path}: not a training state")
+    try:
+        predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
+    except RuntimeError:
+        raise ValueError(f"{path}: it belongs to a run with other predictors; start without --resume") from None
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        state = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"o.{i}.")}
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return int(metadata["step"]), json.loads(metadata["log"])
+
+
+def rate(step, steps, warmup):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to a tenth."""
+    if step < warmup * steps:
+        return (step + 1) / (warmup * steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup * steps) / max(1, (1 - warmup) * steps)))
+
+
+def train(model, rows, heldout, schedule, args, out):
+    """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log."""
+    torch.manual_seed(args.seed)
+    S = len(schedule.after(len(model.blocks)))
+    need(S > 0, f"no stage of {schedule} stands before the last of {len(model.blocks)} blocks")
+    schedule = Schedule(**{**schedule.__dict__, "stages": S})
+    predictors = nn.ModuleList(Predictor(model.config.dim) for _ in range(S)).to(model.device)
+    optimizer = torch.optim.AdamW(predictors.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    steps = args.steps or max(1, args.epochs * len(rows) // args.accum)
+    state, notes = out.with_name("train_state.safetensors"), {"reduce": args.reduce, "template": args.template or "plain", "command": " ".join(sys.argv)}
+    step, log = load_state(state, predictors, optimizer) if args.resume and state.is_file() else (0, [])
+    print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
+          + (f"; going on after step {step}" if step else ""), flush=True)
+    start, first, seen, saved = time.time(), step, 0, time.time()
+    while step < steps:
+        optimizer.param_groups[0]["lr"] = args.lr * rate(step, steps, args.warmup)
+        sums = {}
+        for micro in range(step * args.accum, (step + 1) * args.accum):
+            epoch, i = divmod(micro, len(rows))                      # every epoch in its own order, known from the seed alone
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
+            example = rows[order[i]]
+            try:
+                found, kept = losses(model, predictors, example.tokens[None].to(model.device), example.prompt_len, schedule, args)
+                loss = sum(getattr(args, name) * value for name, value in found.items())         # Eq. 8
+                need(torch.isfinite(loss), "the loss is not finite: " + ", ".join(f"{k} {v.item():.3g}" for k, v in found.items()))
+            except ValueError as e:
+                raise ValueError(f"step {step + 1}: {e}; the files of the last save are kept") from None
+            (loss / args.accum).backward()
+            seen += len(example.tokens)
+            for name, value in {**found, "loss": loss}.items():
+                sums[name] = sums.get(name, 0) + value.item() / args.accum
+        torch.nn.utils.clip_grad_norm_(predictors.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        log.append({"step": step, **{k: round(v, 6) for k, v in sums.items()}})
+        spent = time.time() - start
+        print(f"\rstep {step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in sums.items()) + (f"  kept {kept[-1]:.0%}" if kept else "")
+              + f"  {seen / spent:.0f} tokens/s  {spent / (step - first) * (steps - step):.0f} s left   ", end="\n" if step % args.report_every == 0 or step == steps else "", flush=True)
+        if heldout and (step % args.report_every == 0 or step == steps):
+            log[-1]["heldout"] = report(model, predictors.eval(), heldout, schedule, args.reduce)
+            predictors.train()
+            print("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in log[-1]["heldout"].items()), flush=True)
+        if step == steps or time.time() - saved > args.save_every:
+            save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
+            save_state(state, predictors, optimizer, step, log)
+            saved = time.time()
+    return log
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/, or random:NAME")
+    add_data_arguments(parser, limit=None)
+    parser.add_argument("--epochs", type=int, default=2, help="passes over the rows (paper: 2)")
+    parser.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
+    parser.add_argument("--accum", type=int, default=8, help="rows whose gradients are added up before a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate; a cosine follows")
+    parser.add_argument("--cls", type=float, default=1.0, help="weight of the pruned model's cross entropy, Eq. 7")
+    parser.add_argument("--mse", type=float, default=1.0, help="weight of the MSE to the saliency, Eq. 4")
+    parser.add_argument("--rank", type=float, default=1.0, help="weight of the ranking loss, Eq. 5 and 6")
+    parser.add_argument("--distill", type=float, default=0.0, help="weight of the KL divergence from the unpruned model")
+    parser.add_argument("--reduce", choices=REDUCE, default="norm_gx", help="how the gradient becomes one number per token")
+    parser.add_argument("--mask", choices=("gumbel", "topk"), default="gumbel", help="sample each token (paper) or keep the scheduled count")
+    parser.add_argument("--tau", type=float, default=1.0, help="temperature of the Gumbel-Softmax")
+    parser.add_argument("--states", choices=("pruned", "marked"), default="pruned",
+                        help="what the predictors read for MSE and ranking: the states of the pruning pass (paper) or of the unpruned marking "
+                             "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
+    parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
+    parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
+    parser.add_argument("--report-every", type=int, default=50, help="steps between held-out reports")
+    parser.add_argument("--report-rows", type=int, default=8, help="held-out rows in a report (0: none)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the backbone (default: bfloat16 on cuda, else float32)")
+    parser.add_argument("--json", action="store_true", help="print the log as one JSON object on the last line")
+    add_schedule_arguments(parser)
+    return parser
+
+
+def main():
+    args = arguments().parse_args()
+    need(args.cls or args.mse or args.rank or args.distill, "all loss weights are 0: nothing to train on")
+    model, tokenizer = load(args.ckpt, DTYPES.get(args.dtype), args.device), Tokenizer(args.ckpt)
+    schedule = schedule_from(args, len(model.blocks))
+    rows = rows_from(args, tokenizer, "train")
+    heldout = rows_from(args, tokenizer, "heldout", limit=args.report_rows) if args.report_rows else []
+    out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
+    out = out if out.suffix else out / "predictors.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    log = train(model, rows, heldout, schedule, args, out)
+    print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
+    if args.json:
+        print(json.dumps({"command": " ".join(sys.argv), "seconds": time.time() - start, "out": str(out), "log": log}))
+
+
+if __name__ == "__main__":
+    cli(main)
