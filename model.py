@@ -7,6 +7,7 @@ not hidden in here: saliency.py, train.py and prune.py each write their own, wit
 
 Shapes: B rows, n tokens now in the pass, D hidden, H query heads, G key/value heads, d head size, V vocabulary.
 """
+import argparse
 import json
 import math
 import os
@@ -280,12 +281,21 @@ def need(condition, message):
         raise ValueError(message)
 
 
+def at_least(minimum):
+    """For argparse: a whole number not below the minimum."""
+    def whole(text):
+        if not text.lstrip("-").isdigit() or len(text) > 12 or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {minimum}, not {text!r}")
+        return int(text)
+    return whole
+
+
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also what is not UTF-8, and numbers of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({e})") from None
 
 
@@ -304,10 +314,8 @@ def default_device():
 
 def hf_name(name):
     """Our parameter name -> its name in a Hugging Face Llama file."""
-    if name == "embed.weight":
-        return "model.embed_tokens.weight"
-    if name == "norm.weight" or name == "head.weight":
-        return {"norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}[name]
+    if not name.startswith("blocks."):
+        return {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}[name]
     _, i, part, kind = name.split(".")
     part = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
             "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}[part]
@@ -321,7 +329,11 @@ def load(path, dtype=None, device=None):
     Raises FileNotFoundError or ValueError with one line when a file is missing, damaged, or holds another model.
     """
     from safetensors import SafetensorError, safe_open
-    device = torch.device(device) if device else default_device()
+    try:
+        device = torch.device(device) if device else default_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {str(device)!r} is not available here") from None
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if str(path).startswith("random:"):
         name = str(path).removeprefix("random:")

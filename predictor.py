@@ -111,7 +111,7 @@ def ranking_loss(score, saliency, mask=None, chunk=1024):
 
 
 def fingerprint(config):
-    """A short hash of the backbone's shape, so that predictors are not used on another model."""
+    """A short hash of the backbone's Config, so that predictors are not used on another model (weights are not compared)."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -123,6 +123,7 @@ def save_tensors(path, tensors, metadata):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        temporary.chmod(0o644)      # safetensors writes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -155,14 +156,16 @@ def load_predictors(path, model, schedule=None):
     need(metadata["fingerprint"] == fingerprint(model.config), f"{path}: made for another model (config fingerprint {metadata['fingerprint']}, this model has {fingerprint(model.config)})")
     try:
         made = metadata["schedule"] = json.loads(metadata["schedule"])
-        stages = int(made["stages"])
-        places = [made["first"] + made["step"] * s for s in range(stages)]
-    except (ValueError, KeyError, TypeError):
+        stages, first, step = made["stages"], made["first"], made["step"]
+        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000, "")
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: the schedule in its metadata is damaged") from None
+    places = [first + step * s for s in range(stages)]
     if schedule:
         asked = [schedule.first + schedule.step * s for s in range(schedule.stages)]
         need(asked == places, f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
-    need(all(k.split(".")[0] in map(str, range(stages)) for k in tensors) and "0.up.weight" in tensors, f"{path}: its tensors are not those of {stages} predictors")
+    need("0.up.weight" in tensors and tensors["0.up.weight"].dim() == 2, f"{path}: its tensors are not those of {stages} predictors")
+    need(all(t.isfinite().all() for t in tensors.values()), f"{path}: a weight is not finite")
     predictors = nn.ModuleList(Predictor(model.config.dim, tensors["0.up.weight"].shape[0]) for _ in range(stages))
     try:
         predictors.load_state_dict(tensors)

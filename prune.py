@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import SHAPES, Config, KVCache, find, need, positions, visible
+from model import SHAPES, Config, KVCache, at_least, find, need, positions, visible
 from predictor import hidden_size, score
 
 
@@ -33,7 +33,9 @@ class Schedule:
     local: float = 0.1              # the share of last tokens, always kept
 
     def __post_init__(self):
-        need(self.first >= 1 and self.step >= 1 and self.stages >= 0, f"{self}: first and step count from 1, stages from 0")
+        need(all(type(v) is int for v in (self.first, self.step, self.stages, self.sink)) and all(type(v) in (int, float) for v in (self.keep, self.local)),
+             f"{self}: first, step, stages and sink are whole numbers, keep and local shares")
+        need(self.first >= 1 and self.step >= 1 and 0 <= self.stages <= 1000, f"{self}: first and step count from 1, stages from 0 to 1000")
         need(0 < self.keep <= 1 and self.sink >= 0 and 0 <= self.local <= 1, f"{self}: keep lies in (0, 1], local in [0, 1]")
 
     def after(self, blocks):
@@ -59,7 +61,7 @@ class Schedule:
 
     @property
     def pruned(self):
-        """Share of the prompt dropped by the last stage."""
+        """Share of the prompt dropped by the last stage, where all stages stand before the model's last block."""
         return 1 - self.keep ** self.stages
 
 
@@ -83,7 +85,8 @@ def select(score, pos, k, prompt_len, sink=4, local=0.1):
     prompt. Among equal scores the earlier token wins, on every device.
     """
     protected = (pos < sink) | (pos >= prompt_len - local_tokens(prompt_len, local))
-    order = score.float().masked_fill(protected, math.inf).argsort(dim=1, descending=True, stable=True)
+    finite = score.float().nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)  # only the protected are inf
+    order = finite.masked_fill(protected, math.inf).argsort(dim=1, descending=True, stable=True)
     return order[:, :k].sort(dim=1).values  # sorted: survivors stay in reading order, so causal attention stays causal
 
 
@@ -105,6 +108,7 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0):
     need(N > 0, "the prompt is empty")
     counts = schedule.counts(N, L) if schedule else [N] * L
     after = schedule.after(L) if schedule else []
+    need(scorer or not after, "a schedule needs a scorer")
     caches = [KVCache(model.config, B, n + room, tokens.device, model.dtype) for n in counts]
     trace = []
     pos = positions(tokens)
@@ -251,13 +255,16 @@ def add_schedule_arguments(parser):
 def schedule_from(args, blocks, made=None):
     """A Schedule from the options given, then the predictors' own (a dict), else the paper's scaled to this depth."""
     given = {k: v for k in Schedule.__dataclass_fields__ if (v := getattr(args, k)) is not None}
-    return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
+    try:
+        return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
+    except TypeError:
+        raise ValueError("the schedule in the predictors' metadata has unknown parts") from None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)}, or a checkpoint directory (only its config.json is read)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072], help="prompt lengths")
+    parser.add_argument("--lengths", type=at_least(1), nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072], help="prompt lengths")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     add_schedule_arguments(parser)
     args = parser.parse_args()
@@ -281,7 +288,7 @@ def main():
               f"              {row['kv_bytes'][0] / 1e9:10.2f} {row['kv_bytes'][1] / 1e9:9.2f}")
         rows.append(row)
     if args.json:
-        print(json.dumps({"command": " ".join(sys.argv), "shape": args.shape, "pruned": 1 - schedule.keep ** stages, "rows": rows}))
+        print(json.dumps({"command": "python " + " ".join(sys.argv), "shape": args.shape, "pruned": 1 - schedule.keep ** stages, "rows": rows}))
 
 
 if __name__ == "__main__":

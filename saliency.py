@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import TEMPLATES, Tokenizer, load, need, positions
+from model import TEMPLATES, Tokenizer, at_least, load, need, positions
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
 
@@ -53,7 +53,8 @@ def mark(model, tokens, prompt_len, blocks):
 def reduce_saliency(g, x, reduce="norm_gx"):
     """One number per token from gradient g and state x, both (B, n, D) -> (B, n) fp32.
 
-    abs_dot is the literal Eq. 3, |g . x|; norm_g is the norm of g; norm_gx the norm of the elementwise product g * x.
+    abs_dot is the literal Eq. 3, |g . x|; norm_g is the norm of g; norm_gx the norm of the elementwise product g * x: the
+    default, because in a sum over features large terms of both signs cancel, and pruning by the norm costs less.
     """
     g, x = g.float(), x.float()
     if reduce == "abs_dot":
@@ -86,33 +87,43 @@ class Example(NamedTuple):
     prompt_len: int
 
 
-def read_rows(path, split="all"):
-    """Rows of a JSONL file. split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all"."""
+def read_rows(path, split="all", fields=("instruction", "context", "response")):
+    """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
+
+    split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all".
+    """
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
     rows = []
     with path.open(encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, start=1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except (json.JSONDecodeError, RecursionError) as e:
-                        raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-                    need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                    json.dumps(rows[-1], ensure_ascii=False).encode()  # a lone surrogate is no text
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+                need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
+                for field in fields:
+                    value = rows[-1].get(field, "" if field == "context" else None)
+                    need(isinstance(value, str) or field == "context" and value is None, f"{path}, line {number}: {field!r} is missing or not text")
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
     cut = len(rows) - max(1, len(rows) // 10)
     return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
 
 
+def prompt_text(row, template="plain"):
+    """The prompt of a Dolly row: in the template, the instruction, then the context after a blank line."""
+    need(template in TEMPLATES, f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[template].replace("{}", row["instruction"] + ("\n\n" + row["context"] if row.get("context") else ""))
+
+
 def encode_row(tokenizer, row, template="plain", max_response=96):
-    """A Dolly row {instruction, context, response} -> Example: the context follows the instruction after a blank line."""
-    for field in ("instruction", "response"):
-        need(isinstance(row.get(field), str), f"a data row lacks the text field {field!r}: it has {sorted(row)}")
-    context = row.get("context") or ""
-    text = row["instruction"] + ("\n\n" + context if context else "")
-    prompt = tokenizer.encode(TEMPLATES[template].format(text))
+    """A Dolly row {instruction, context, response} -> Example."""
+    prompt = tokenizer.encode(prompt_text(row, template))
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
     return Example(torch.tensor(prompt + response), len(prompt))
 
@@ -135,12 +146,12 @@ def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=
 def add_data_arguments(parser, limit):
     """The options by which every command chooses its rows."""
     parser.add_argument("--data", help="JSONL with instruction, context, response (default: the toy's own rows)")
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: the predictors', else plain)")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: plain; eval.py: the predictors')")
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
-    parser.add_argument("--min-prompt", type=int, default=1, help="shortest prompt, in tokens")
-    parser.add_argument("--max-prompt", type=int, default=2048, help="longest prompt, in tokens")
-    parser.add_argument("--max-response", type=int, default=96, help="responses are cut to this many tokens")
-    parser.add_argument("--limit", type=int, default=limit, help="at most this many rows")
+    parser.add_argument("--min-prompt", type=at_least(1), default=1, help="shortest prompt, in tokens")
+    parser.add_argument("--max-prompt", type=at_least(1), default=2048, help="longest prompt, in tokens")
+    parser.add_argument("--max-response", type=at_least(1), default=96, help="responses are cut to this many tokens")
+    parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
 
 
 def rows_from(args, tokenizer, split, template=None, limit=None):
@@ -199,14 +210,14 @@ def main():
     parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/")
     parser.add_argument("--figure", type=int, choices=(1, 2), default=1, help="1: heat map of one row; 2: sparsity per block over rows")
     parser.add_argument("--reduce", choices=REDUCE, default="norm_gx", help="how the gradient becomes one number per token")
-    parser.add_argument("--row", type=int, default=0, help="Figure 1: which of the held-out rows")
+    parser.add_argument("--row", type=at_least(0), default=0, help="Figure 1: which of the held-out rows")
     parser.add_argument("--prompt", help="Figure 1: this prompt instead of a row (with --response)")
     parser.add_argument("--response", help="Figure 1: the answer whose log-likelihood is traced back")
     parser.add_argument("--png", help="write the figure here (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     add_data_arguments(parser, limit=20)
     args = parser.parse_args()
-    model, tokenizer = load(args.ckpt), Tokenizer(args.ckpt)
+    tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt)
     blocks = range(1, len(model.blocks) + 1)
     if args.figure == 1:
         if args.prompt:
@@ -239,15 +250,15 @@ def main():
             figure2(values, args.png, f"Sparsity of salient tokens, {args.ckpt}, {len(rows)} rows")
         result = {"figure": 2, "reduce": args.reduce, "rows": len(rows), "sparsity": values}
     if args.json:
-        print(json.dumps({"command": " ".join(sys.argv), "ckpt": args.ckpt, **result}))
+        print(json.dumps({"command": "python " + " ".join(sys.argv), "ckpt": args.ckpt, **result}))
 
 
 def cli(main):
-    """Run a command's main: bad input ends in one line on stderr and exit code 2, not in a traceback."""
+    """Run a command's main: bad input ends in one line on stderr and exit code 1, not in a traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError, ImportError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 

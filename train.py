@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from model import DTYPES, Tokenizer, load, need, positions
-from predictor import (Predictor, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
+from model import DTYPES, Tokenizer, at_least, load, need, positions
+from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
 from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
 from saliency import REDUCE, add_data_arguments, cli, mark, reduce_saliency, rows_from
 
@@ -53,13 +54,15 @@ def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="gumbel", 
     x = model.embed(tokens)
     keep, logits, masks = None, [], [torch.ones_like(pos, dtype=torch.float32)]
     for i, block in enumerate(model.blocks, start=1):
-        x = block(x, rope, keep=keep)
+        # the n x n weights of masked attention are recomputed in the backward pass, not held: a 7B model would need 76 GB
+        x = block(x, rope) if keep is None else checkpoint(block, x, rope, None, keep, use_reentrant=False)
         if i in after:
             logits.append(predictors[len(logits)](x))
             if mask == "topk":
                 keep = topk_mask(logits[-1], masks[-1], pos, schedule.kept(prompt_len, len(logits)), prompt_len, schedule)
             else:
-                keep = torch.where(free, gumbel_mask(logits[-1], tau, masks[-1]), 1.0)
+                keep = gumbel_mask(logits[-1], tau, masks[-1])
+            keep = torch.where(free, keep, 1.0)                      # the protected have no choice, so no gradient
             masks.append(keep)
     return x, logits, masks
 
@@ -117,11 +120,17 @@ def report(model, predictors, rows, schedule, reduce):
                              ("recent", recent_scorer()), ("oracle", oracle_scorer(s))):
             total[name] = total.get(name, 0) + nll(model, tokens, n, schedule if scorer else None, scorer).sum().item()
         count += tokens.shape[1] - n
-    mean = lambda v: sum(v) / max(1, len(v))  # noqa: E731
-    return {"spearman": mean(rho), "overlap": mean(overlap), **{f"nll_{k}": v / count for k, v in total.items()}}
+    return {"spearman": sum(rho) / max(1, len(rho)), "overlap": sum(overlap) / max(1, len(overlap)), **{f"nll_{k}": v / count for k, v in total.items()}}
 
 
-def save_state(path, predictors, optimizer, step, log):
+def settings(model, rows, schedule, args):
+    """What two runs must share so that one can go on with the other's state."""
+    names = ("accum", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "mask", "tau", "states", "seed")
+    seen = sum(int(e.tokens.sum()) + e.prompt_len for e in rows)     # a cheap mark of the rows themselves
+    return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), len(rows), seen])
+
+
+def save_state(path, predictors, optimizer, step, log, run):
     """Everything that an unbroken run would have in memory, as safetensors."""
     tensors = {f"p.{k}": v for k, v in predictors.state_dict().items()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
@@ -129,17 +138,15 @@ def save_state(path, predictors, optimizer, step, log):
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(path, tensors, {"step": str(step), "log": json.dumps(log)})
+    save_tensors(path, tensors, {"step": str(step), "log": json.dumps(log), "settings": run})
 
 
-def load_state(path, predictors, optimizer):
+def load_state(path, predictors, optimizer, run):
     """The reverse of save_state: -> (steps done, log)."""
     tensors, metadata = load_tensors(path)
-    need("step" in metadata and "rng.cpu" in tensors, f"{path}: not a training state")
-    try:
-        predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
-    except RuntimeError:
-        raise ValueError(f"{path}: it belongs to a run with other predictors; start without --resume") from None
+    need({"step", "log", "settings"} <= set(metadata) and "rng.cpu" in tensors, f"{path}: not a training state")
+    need(metadata["settings"] == run, f"{path}: it belongs to a run with other settings, rows or model; repeat that command, or start without --resume")
+    predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         state = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"o.{i}.")}
         optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
@@ -165,8 +172,9 @@ def train(model, rows, heldout, schedule, args, out):
     predictors = nn.ModuleList(Predictor(model.config.dim) for _ in range(S)).to(model.device)
     optimizer = torch.optim.AdamW(predictors.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     steps = args.steps or max(1, args.epochs * len(rows) // args.accum)
-    state, notes = out.with_name("train_state.safetensors"), {"reduce": args.reduce, "template": args.template or "plain", "command": " ".join(sys.argv)}
-    step, log = load_state(state, predictors, optimizer) if args.resume and state.is_file() else (0, [])
+    state, notes = out.with_name("train_state.safetensors"), {"reduce": args.reduce, "template": args.template or "plain", "command": "python " + " ".join(sys.argv)}
+    run = settings(model, rows, schedule, args)
+    step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
     print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
           + (f"; going on after step {step}" if step else ""), flush=True)
     start, first, seen, saved = time.time(), step, 0, time.time()
@@ -201,7 +209,7 @@ def train(model, rows, heldout, schedule, args, out):
             print("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in log[-1]["heldout"].items()), flush=True)
         if step == steps or time.time() - saved > args.save_every:
             save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
-            save_state(state, predictors, optimizer, step, log)
+            save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
     return log
 
@@ -209,11 +217,11 @@ def train(model, rows, heldout, schedule, args, out):
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/, or random:NAME")
+    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/")
     add_data_arguments(parser, limit=None)
-    parser.add_argument("--epochs", type=int, default=2, help="passes over the rows (paper: 2)")
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    parser.add_argument("--accum", type=int, default=8, help="rows whose gradients are added up before a step")
+    parser.add_argument("--epochs", type=at_least(1), default=2, help="passes over the rows (paper: 2)")
+    parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
+    parser.add_argument("--accum", type=at_least(1), default=8, help="rows whose gradients are added up before a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate; a cosine follows")
     parser.add_argument("--cls", type=float, default=1.0, help="weight of the pruned model's cross entropy, Eq. 7")
@@ -227,11 +235,11 @@ def arguments():
                         help="what the predictors read for MSE and ranking: the states of the pruning pass (paper) or of the unpruned marking "
                              "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
     parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
-    parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out (from the start where there is none)")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
-    parser.add_argument("--report-every", type=int, default=50, help="steps between held-out reports")
-    parser.add_argument("--report-rows", type=int, default=8, help="held-out rows in a report (0: none)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report-every", type=at_least(1), default=50, help="steps between held-out reports")
+    parser.add_argument("--report-rows", type=at_least(0), default=8, help="held-out rows in a report (0: none)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the backbone (default: bfloat16 on cuda, else float32)")
     parser.add_argument("--json", action="store_true", help="print the log as one JSON object on the last line")
@@ -242,18 +250,18 @@ def arguments():
 def main():
     args = arguments().parse_args()
     need(args.cls or args.mse or args.rank or args.distill, "all loss weights are 0: nothing to train on")
-    model, tokenizer = load(args.ckpt, DTYPES.get(args.dtype), args.device), Tokenizer(args.ckpt)
+    tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device)
     schedule = schedule_from(args, len(model.blocks))
     rows = rows_from(args, tokenizer, "train")
     heldout = rows_from(args, tokenizer, "heldout", limit=args.report_rows) if args.report_rows else []
     out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
-    out = out if out.suffix else out / "predictors.safetensors"
+    out = out if out.suffix == ".safetensors" else out / "predictors.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     log = train(model, rows, heldout, schedule, args, out)
     print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
     if args.json:
-        print(json.dumps({"command": " ".join(sys.argv), "seconds": time.time() - start, "out": str(out), "log": log}))
+        print(json.dumps({"command": "python " + " ".join(sys.argv), "seconds": time.time() - start, "out": str(out), "log": log}))
 
 
 if __name__ == "__main__":

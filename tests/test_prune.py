@@ -82,6 +82,12 @@ def test_ties_go_to_the_earlier_token_and_the_last_token_stays():
     assert local_tokens(100, 0.1) == 10 and local_tokens(101, 0.1) == 11 and local_tokens(30, 0.1) == 3 and local_tokens(5, 0) == 1
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_never_pushes_out_a_protected_token(bad):
+    s = torch.tensor([[0.0, 0.0, 0.0, 0.0, bad, bad, bad, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    assert select(s, positions(s), 6, 12).tolist() == [[0, 1, 2, 3, 10, 11]]
+
+
 def test_drop_keeps_states_and_positions_together(tokens):
     x, pos = torch.randn(2, 60, 7), positions(tokens)
     index = torch.tensor([[0, 5, 59], [1, 2, 3]])
@@ -165,6 +171,8 @@ def test_survivors_are_the_top_scored_and_stay_dropped(tiny, tokens):
 
 
 def test_empty_and_too_long_prompts(tiny):
+    with pytest.raises(ValueError, match="a schedule needs a scorer"):
+        prefill(tiny, torch.zeros(1, 9, dtype=torch.long), SCHEDULE)
     with pytest.raises(ValueError, match="the prompt is empty"):
         prefill(tiny, torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="beyond this model's 512 positions"):

@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatc
 def test_resuming_another_run_is_refused(tmp_path):
     out, _ = run(tmp_path, "a", "--steps", 1)
     args = arguments("--steps", 2, "--resume")
-    with pytest.raises(ValueError, match="other predictors"):
+    with pytest.raises(ValueError, match="other settings"):
         T.train(tiny_model(), rows(2), [], Schedule(1, 1, 2, 0.8), args, out)
 
 
