@@ -1,0 +1,311 @@
+"""Generation with and without SDTP side by side, and Table 2 (Sections 3.4 and 4.3).
+
+Both arms run the same code: `prune.prefill` with or without a schedule, then `prune.extend` one token at a time on the
+caches, ragged or not. Prefill is bound by arithmetic and gains as the tokens dwindle; decode is bound by bytes moved
+(weights and caches) and gains only from the shorter caches.
+
+    python infer.py                                                      # the toy answers a long prompt, full and pruned
+    python infer.py --ckpt smollm2 --prompt-file report.txt --html survivors.html
+    python infer.py --ckpt random:mistral-7b --bench 4096 8192 16384     # Table 2's rows; needs no weights
+
+Shapes: B = 1 row, N prompt tokens, L blocks.
+"""
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from model import DTYPES, TEMPLATES, Tokenizer, at_least, find, load, need
+from predictor import Predictor, load_predictors
+from prune import SCORERS, add_schedule_arguments, extend, flops, make_scorer, predictor_scorer, prefill, schedule_from
+from saliency import cli, prompt_text, read_rows
+
+
+class Generation(NamedTuple):
+    tokens: list                    # the new token ids
+    trace: list                     # prune.Stage of every stage
+    counts: list                    # prompt tokens held by each block
+    prefill_s: float                # until the first new token is known
+    decode_s: float                 # per further token
+    kv_bytes: int                   # all caches at the end
+
+
+def clock(device):
+    """Seconds, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, temperature=0.0, eos=None, generator=None):
+    """Prefill (pruned where a schedule and a scorer are given), then decode: tokens (1, N) -> Generation.
+
+    eos: token ids that end the text (default: the model's; () to go on to max_new_tokens). temperature 0 is greedy.
+    """
+    need(max_new_tokens > 0, "max_new_tokens must be at least 1")
+    need(0 <= temperature < float("inf"), f"temperature {temperature}: expected 0 (greedy) or more")
+    N, eos, new = tokens.shape[1], model.config.eos if eos is None else eos, []
+    start = clock(model.device)
+    logits, caches, trace = prefill(model, tokens, schedule, scorer, room=max_new_tokens)
+    counts = [cache.n for cache in caches]
+
+    def choose(logits):             # (1, V) -> (1, 1)
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+
+    token = choose(logits)
+    new.append(token.item())
+    first = clock(model.device)
+    while len(new) < max_new_tokens and new[-1] not in eos:
+        token = choose(extend(model, token, N + len(new) - 1, caches)[:, -1])
+        new.append(token.item())
+    decode_s = (clock(model.device) - first) / max(1, len(new) - 1)
+    return Generation(new, trace, counts, first - start, decode_s, sum(cache.bytes for cache in caches))
+
+
+# ----------------------------------------------------------------------------------------------------- what was dropped
+
+
+def dropped_at(trace, n):
+    """For each of n prompt tokens the stage (from 1) that dropped it, 0 for the survivors."""
+    stage_of = [0] * n
+    for s, stage in enumerate(trace, start=1):
+        for position in set(stage.seen[0].tolist()) - set(stage.kept[0].tolist()):
+            stage_of[position] = s
+    return stage_of
+
+
+def survivors_text(pieces, stage_of, stages, color):
+    """The prompt in the terminal: survivors bold, dropped tokens from dark (dropped first) to bright; without colour, a dot each."""
+    def shade(s):                   # 256-colour ramp of greys
+        return 236 + round(14 * (s - 1) / max(1, stages - 1))
+    out = []
+    for piece, s in zip(pieces, stage_of):
+        if not color:
+            out.append(piece if s == 0 else "\u00b7")
+        else:
+            out.append(f"\x1b[1;30;48;5;114m{piece}\x1b[0m" if s == 0 else f"\x1b[38;5;{shade(s)}m{piece}\x1b[0m")
+    legend = [f"stage {s}: {stage_of.count(s)}" for s in range(1, stages + 1)]
+    if color:
+        legend = [f"\x1b[38;5;{shade(s)}m{text}\x1b[0m" for s, text in enumerate(legend, start=1)]
+    return "".join(out) + f"\n\nkept to the end: {stage_of.count(0)} of {len(stage_of)}; dropped by " + ", ".join(legend)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Survivors</title>
+<style>
+:root{color-scheme:light dark;--bg:#fdfdfb;--fg:#181818;--gone:#b9b9b4;--keep:#bfe8c4}
+@media(prefers-color-scheme:dark){:root{--bg:#161817;--fg:#eee;--gone:#55585a;--keep:#22572c}}
+body{background:var(--bg);color:var(--fg);font:16px/1.7 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+#text{white-space:pre-wrap;overflow-wrap:anywhere}#text span{border-radius:3px}#text .kept{background:var(--keep)}#text .gone{color:var(--gone);text-decoration:line-through}
+#text span:hover,#text span:focus{outline:2px solid currentColor}input{width:100%}#info{min-height:3.4em;font-variant-numeric:tabular-nums}
+</style><h1>Which tokens survive</h1><label for="stage">Stage <output id="number"></output></label>
+<input id="stage" type="range" min="0" value="0"><p id="info" aria-live="polite"></p><div id="text"></div><script>
+const data=DATA,slider=document.getElementById("stage"),text=document.getElementById("text"),info=document.getElementById("info");
+slider.max=data.blocks.length;slider.value=slider.max;
+const show=t=>{info.textContent=JSON.stringify(t.piece)+(t.stage?" dropped by stage "+t.stage:" kept to the end")+"; scores "+t.scores.join(", ")};
+for(const t of data.tokens){const e=document.createElement("span");e.textContent=t.piece;e.tabIndex=0;e.onmouseenter=e.onfocus=()=>show(t);text.append(e)}
+const draw=()=>{const s=+slider.value;let left=0;data.tokens.forEach((t,i)=>{const gone=t.stage&&t.stage<=s;left+=!gone;text.children[i].className=gone?"gone":s?"kept":""});
+document.getElementById("number").textContent=s+" of "+data.blocks.length+(s?", after block "+data.blocks[s-1]:"");info.textContent=left+" of "+data.tokens.length+" tokens left"};
+slider.oninput=draw;draw();</script></html>"""
+
+
+def survivors_page(path, pieces, stage_of, trace):
+    """The same as one self-contained page: a slider through the stages, a token's scores on hover or focus."""
+    scores = [[] for _ in pieces]
+    for stage in trace:
+        for position, value in zip(stage.seen[0].tolist(), stage.score[0].tolist()):
+            scores[position].append(round(value, 3))
+    data = {"blocks": [stage.block for stage in trace],
+            "tokens": [{"piece": p, "stage": s, "scores": v} for p, s, v in zip(pieces, stage_of, scores)]}
+    # "<" escaped: no text of the prompt can close the script
+    Path(path).write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+def peak_memory(device, reset=False):
+    """Peak bytes since the last call with reset: of the device's allocator on cuda, of the process elsewhere (None where unknown)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+def hardware(device):
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") if Path("/proc/cpuinfo").exists() else ""
+    return f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def provenance(model):
+    """What a result needs to be believed: command, commit, hardware."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"command": "python " + " ".join(sys.argv), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def bench(model, lengths, schedule, scorer, new=128, repeats=5):
+    """Table 2: per prompt length both arms in turn, the same code, after a warm-up. Times in seconds, sizes in bytes."""
+    rows, L = [], len(model.blocks)
+    print(f"{hardware(model.device)}, {str(model.dtype).removeprefix('torch.')}, {new} new tokens; prefill: median of {repeats}, decode: one run\n"
+          "      N  ideal   prefill s: full    SDTP  speed-up   decode ms: full   SDTP   end to end s: full   SDTP  speed-up   peak GB: full   SDTP   KV GB: full   SDTP")
+    for n in lengths:
+        tokens = torch.randint(0, model.config.vocab, (1, n), generator=torch.Generator().manual_seed(n)).to(model.device)
+        arms = {"full": (None, None), "sdtp": (schedule, scorer)}
+        times, row = {arm: [] for arm in arms}, {"n": n}
+        for arm in arms.values():                                    # warm-up
+            generate(model, tokens, min(new, 4), *arm, eos=())
+        for _ in range(repeats):
+            for name, arm in arms.items():
+                begin = clock(model.device)
+                prefill(model, tokens, *arm)[0].argmax().item()
+                times[name].append(clock(model.device) - begin)
+        for name, arm in arms.items():
+            peak_memory(model.device, reset=True)
+            run = generate(model, tokens, new, *arm, eos=())
+            prefill_s = statistics.median(times[name])
+            row[name] = {"prefill_s": prefill_s, "prefill_spread_s": [min(times[name]), max(times[name])], "decode_s": run.decode_s,
+                         "e2e_s": prefill_s + run.decode_s * (new - 1), "peak_bytes": peak_memory(model.device), "kv_bytes": run.kv_bytes}
+        counts = schedule.counts(n, L)
+        row["ideal"] = flops(model.config, [n] * L) / flops(model.config, counts, schedule=schedule)
+        full, sdtp = row["full"], row["sdtp"]
+        row["speedup"] = {"prefill": full["prefill_s"] / sdtp["prefill_s"], "e2e": full["e2e_s"] / sdtp["e2e_s"]}
+        row["share_of_ideal"] = row["speedup"]["prefill"] / row["ideal"]
+        gb = [f"{(arm[key] or 0) / 1e9:8.2f}" for key in ("peak_bytes", "kv_bytes") for arm in (full, sdtp)]
+        print(f"{n:7d} {row['ideal']:5.2f}x {full['prefill_s']:17.3f} {sdtp['prefill_s']:7.3f} {row['speedup']['prefill']:8.2f}x {1e3 * full['decode_s']:17.2f} {1e3 * sdtp['decode_s']:6.2f}"
+              f" {full['e2e_s']:20.3f} {sdtp['e2e_s']:6.3f} {row['speedup']['e2e']:8.2f}x    {gb[0]} {gb[1]}    {gb[2]} {gb[3]}", flush=True)
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def add_pruning_arguments(parser):
+    """The options that say which model prunes by what."""
+    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/, or random:NAME")
+    parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the checkpoint directory)")
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on cuda, else float32")
+    add_schedule_arguments(parser)
+
+
+def load_pruning(args):
+    """-> model, schedule, predictors (None where there are none) and their metadata."""
+    model = load(args.ckpt, DTYPES.get(args.dtype), args.device)
+    if args.ckpt.startswith("random:"):
+        schedule = schedule_from(args, len(model.blocks))
+        untrained = nn.ModuleList(Predictor(model.config.dim) for _ in schedule.after(len(model.blocks)))
+        return model, schedule, untrained.to(device=model.device, dtype=model.dtype).requires_grad_(False), {}
+    path = Path(args.predictors) if args.predictors else find(args.ckpt) / "predictors.safetensors"
+    if not args.predictors and not path.is_file():
+        return model, schedule_from(args, len(model.blocks)), None, {}
+    predictors, metadata = load_predictors(path, model)
+    schedule = schedule_from(args, len(model.blocks), metadata["schedule"])
+    if "predictor" in (getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]):
+        load_predictors(path, model, schedule)                       # other stage positions are refused, other keep ratios are not
+    return model, schedule, predictors, metadata
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pruning_arguments(parser)
+    parser.add_argument("--scorer", choices=SCORERS, default="predictor", help="what ranks the tokens")
+    parser.add_argument("--prompt", help="the user's text")
+    parser.add_argument("--prompt-file", help="the user's text, from a file")
+    parser.add_argument("--data", help="take the prompt from a row of this JSONL (default with the toy: its held-out rows)")
+    parser.add_argument("--row", type=at_least(0), default=0, help="which held-out row of --data")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: the predictors', else plain)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), help="default: 48; with --bench 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--html", metavar="FILE", help="write the survivors as a self-contained page")
+    parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N", help="print Table 2's rows for these prompt lengths")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="--bench: timed runs per row")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (lengths dynamic)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print everything measured as one JSON object on the last line")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, schedule, predictors, metadata = load_pruning(args)
+    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    result = {**provenance(model), "ckpt": args.ckpt, "scorer": args.scorer, "schedule": schedule.__dict__}
+    if args.bench:
+        result["bench"] = bench(model, args.bench, schedule, scorer, args.max_new_tokens or 128, args.repeats)
+    else:
+        result |= side_by_side(args, model, schedule, scorer, metadata)
+    if args.json:
+        print(json.dumps(result))
+
+
+def side_by_side(args, model, schedule, scorer, metadata):
+    """Both texts, times, FLOPs, bytes and the picture of what was dropped."""
+    need(not args.ckpt.startswith("random:"), "random weights have nothing to say: use --bench")
+    tokenizer, expected = Tokenizer(args.ckpt), None
+    if args.prompt or args.prompt_file:
+        row = {"instruction": args.prompt or Path(args.prompt_file).read_text(encoding="utf-8")}
+    else:
+        path = args.data or find(args.ckpt) / "train.jsonl"
+        need(Path(path).is_file(), "say what to read: --prompt TEXT, --prompt-file FILE or --data FILE")
+        rows = read_rows(path, "heldout")
+        need(args.row < len(rows), f"--row {args.row}: {path} has {len(rows)} held-out rows")
+        row, expected = rows[args.row], rows[args.row]["response"]
+    need(row["instruction"].strip(), "the prompt is empty")
+    ids = tokenizer.encode(prompt_text(row, args.template or metadata.get("template", "plain")))
+    need(max(ids) < model.config.vocab, f"the tokenizer gives id {max(ids)}, the model knows {model.config.vocab} tokens")
+    tokens, n, L = torch.tensor([ids], device=model.device), len(ids), len(model.blocks)
+    arms = {"full": (None, None), "sdtp": (schedule, scorer)}
+    runs, times = {}, {arm: [] for arm in arms}
+    for i in range(5):              # a warm-up of both arms, three timed prefills in turn, then the texts
+        for name, arm in arms.items():
+            runs[name] = generate(model, tokens, (args.max_new_tokens or 48) if i == 4 else 2, *arm, temperature=args.temperature)
+            times[name] += [runs[name].prefill_s] * (i > 0)
+    runs = {name: run._replace(prefill_s=statistics.median(times[name])) for name, run in runs.items()}
+    trace = runs["sdtp"].trace
+    pieces, stage_of = [tokenizer.piece(t) for t in ids], dropped_at(trace, n)
+    print(survivors_text(pieces, stage_of, len(trace), sys.stdout.isatty()))
+    if args.html:
+        survivors_page(args.html, pieces, stage_of, trace)
+        print(f"wrote {args.html}")
+    result = {"prompt_tokens": n, "expected": expected, "stage_of": stage_of, "ideal": flops(model.config, [n] * L) / flops(model.config, runs["sdtp"].counts, schedule=schedule)}
+    print()
+    for name, run in runs.items():
+        used = flops(model.config, run.counts, schedule=schedule if name == "sdtp" else None)
+        result[name] = {"text": tokenizer.decode(run.tokens), "counts": run.counts, "prefill_s": run.prefill_s, "decode_s": run.decode_s,
+                        "e2e_s": run.prefill_s + run.decode_s * (len(run.tokens) - 1), "flops": used, "kv_bytes": run.kv_bytes, "new_tokens": len(run.tokens)}
+        r = result[name]
+        print(f"{name:4}  {r['text']!r}\n      prefill {1e3 * r['prefill_s']:.1f} ms, decode {1e3 * r['decode_s']:.1f} ms a token, end to end {1e3 * r['e2e_s']:.1f} ms,"
+              f" prefill {used / 1e9:.2f} GFLOPs, KV {r['kv_bytes'] / 1e6:.3f} MB\n      tokens per block {', '.join(f'{n} x{len(list(same))}' for n, same in itertools.groupby(run.counts))}")
+    if expected is not None:
+        print(f"right {expected!r}")
+    print(f"\n{n} prompt tokens, {1 - runs['sdtp'].counts[-1] / n:.0%} dropped by the last stage; prefill {result['full']['prefill_s'] / result['sdtp']['prefill_s']:.2f}x"
+          f" faster (ideal by FLOPs {result['ideal']:.2f}x), KV cache {1 - result['sdtp']['kv_bytes'] / result['full']['kv_bytes']:.0%} smaller")
+    return result
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,40 @@
+"""The promises that the whole tree keeps: size, one place per equation, no pickle."""
+import re
+
+import pytest
+
+from conftest import ROOT
+
+MODULES = [ROOT / f"{name}.py" for name in ("model", "saliency", "predictor", "prune", "train", "infer")]
+
+
+def test_the_six_modules_can_be_read_in_one_sitting():
+    assert sum(len(m.read_text().splitlines()) for m in MODULES) < 1800
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_each_equation_is_computed_in_one_place(number):
+    marks = [m.name for m in MODULES for line in m.read_text().splitlines() if re.search(rf"# Eq\. {number}$", line)]
+    assert len(marks) == 1, marks
+
+
+def test_nothing_is_unpickled_and_no_code_of_a_checkpoint_is_run():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("checkpoints/*.py")]:
+        assert not re.search(r"torch\.load|pickle|(?<![.\w])eval\(|(?<![.\w])exec\(|trust_remote_code", path.read_text()), path
+
+
+def test_model_imports_none_of_ours():
+    text = MODULES[0].read_text()
+    assert not re.search(r"^\s*(from|import) (saliency|predictor|prune|train|infer|eval)\b", text, re.M)
+
+
+def test_the_readmes_map_points_at_what_is_there():
+    section = (ROOT / "README.md").read_text().split("## Where is what")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 9
+    for row in rows:
+        files = re.findall(r"`(\w+\.py)`", row)
+        text = "".join((ROOT / f).read_text() for f in files or re.findall(r"(\w+\.py)", row))
+        for name in re.findall(r"`(\w+(?:\.\w+)?)`", row):
+            if not name.endswith(".py"):
+                assert re.search(rf"(def|class) {name.split('.')[-1]}\b", text), (row, name)
