@@ -22,7 +22,7 @@ from prune import SCORERS, make_scorer, nll, oracle_scorer
 from saliency import REDUCE, add_data_arguments, cli, mark, reduce_saliency, rows_from
 
 
-def nll_rows(model, rows, schedule, predictors, names, progress=True):
+def nll_rows(model, rows, schedule, predictors, names, prior=0.0, progress=True):
     """Summed response NLL of every row under every scorer: -> {name: list of one float a row}, response lengths."""
     sums, lengths, start = {name: [] for name in names}, [], time.time()
     for row, example in enumerate(rows):
@@ -37,7 +37,7 @@ def nll_rows(model, rows, schedule, predictors, names, progress=True):
                     reduce = name.removeprefix("oracle:")
                     scorer = oracle_scorer(torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)]))
                 else:
-                    scorer = make_scorer(name, model, schedule, predictors, seed=row)
+                    scorer = make_scorer(name, model, schedule, predictors, row, prior)
                 values = nll(model, tokens, n, schedule, scorer)
             sums[name].append(values.sum().item())
         lengths.append(tokens.shape[1] - n)
@@ -65,15 +65,15 @@ def main():
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
     model, schedule, predictors, metadata = load_pruning(args)
-    names = args.scorers or [name for name in names if name != "predictor" or predictors is not None]
-    need("predictor" not in names or predictors is not None, "no trained predictors for this checkpoint: run train.py, or name a file with --predictors")
+    prior = metadata.get("prior", 0.0)
+    names = args.scorers or [name for name in names if not (name == "predictor" and predictors is None or name == "module" and not prior)]
     rows = rows_from(args, tokenizer, "heldout", metadata.get("template"))
     L = len(model.blocks)
     keep = sum(sum(schedule.counts(e.prompt_len, L)) / e.prompt_len / L for e in rows) / len(rows)
     print(f"{args.ckpt}: {len(rows)} held-out rows, prompts of {min(e.prompt_len for e in rows)} to {max(e.prompt_len for e in rows)} tokens, stages after blocks {schedule.after(L)},"
           f" keep {schedule.keep}: {1 - schedule.keep ** len(schedule.after(L)):.0%} dropped by the last stage, {keep:.0%} kept on average over blocks")
     start = time.time()
-    sums, lengths = nll_rows(model, rows, schedule, predictors, names)
+    sums, lengths = nll_rows(model, rows, schedule, predictors, names, prior)
     means = {name: per_token(values, lengths) for name, values in sums.items()}
     table = []
     print(f"\n{'scorer':16}  NLL per token       share of gap")

@@ -224,7 +224,7 @@ def load_pruning(args):
         return model, schedule_from(args, len(model.blocks)), None, {}
     predictors, metadata = load_predictors(path, model)
     schedule = schedule_from(args, len(model.blocks), metadata["schedule"])
-    if "predictor" in (getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]):
+    if {"predictor", "module"} & set(getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]):
         load_predictors(path, model, schedule)                       # other stage positions are refused, other keep ratios are not
     return model, schedule, predictors, metadata
 
@@ -249,7 +249,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
-    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed)
+    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0))
     if args.compile:
         for block in model.blocks:
             block.compile(dynamic=True)

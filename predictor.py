@@ -147,7 +147,7 @@ def save_predictors(path, predictors, config, schedule, **notes):
 
 
 def load_predictors(path, model, schedule=None):
-    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata with "schedule" as a dict).
+    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata: "schedule" a dict, "prior" a number).
 
     If a schedule is given, its stages must stand after the same blocks; another keep ratio is fine, a ranking serves any.
     """
@@ -157,7 +157,8 @@ def load_predictors(path, model, schedule=None):
     try:
         made = metadata["schedule"] = json.loads(metadata["schedule"])
         stages, first, step = made["stages"], made["first"], made["step"]
-        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000, "")
+        metadata["prior"] = float(metadata.get("prior", 0))
+        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000 and abs(metadata["prior"]) < 1e6, "")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: the schedule in its metadata is damaged") from None
     places = [first + step * s for s in range(stages)]

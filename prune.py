@@ -153,9 +153,18 @@ def nll(model, tokens, prompt_len, schedule=None, scorer=None):
 # -------------------------------------------------------------------------- scorers: (stage, x (B, n, D), pos (B, n)) -> (B, n)
 
 
-def predictor_scorer(predictors):
-    """The paper's: the stage's trained module."""
-    return lambda stage, x, pos: score(predictors[stage](x))
+def predictor_scorer(predictors, prior=0.0):
+    """The paper's: the stage's trained module.
+
+    Beyond the paper, `prior` adds to the score's rank (0 to 1 among the tokens there) prior * (1 - position / N): a
+    hidden state hardly knows how far from the end it stands, and in some data that matters (train.py --calibrate).
+    """
+    def scorer(stage, x, pos):
+        s = score(predictors[stage](x))
+        if prior:
+            s = s.argsort(1).argsort(1) / s.shape[1] + prior * (1 - pos / (pos[:, -1:] + 1))     # the last token is always there
+        return s
+    return scorer
 
 
 def random_scorer(seed=0):
@@ -201,15 +210,18 @@ def oracle_scorer(saliency):
     return lambda stage, x, pos: saliency[stage].gather(1, pos)
 
 
-SCORERS = ("predictor", "random", "recent", "earliest", "norm", "attention", "attention16")
+SCORERS = ("predictor", "module", "random", "recent", "earliest", "norm", "attention", "attention16")
 
 
-def make_scorer(name, model, schedule, predictors=None, seed=0):
-    """A scorer by its name on a command line (the oracle needs a saliency and is made by the caller)."""
+def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
+    """A scorer by its name on a command line: "predictor" with its calibrated prior, "module" without.
+
+    The oracle needs a saliency and is made by the caller.
+    """
     need(name in SCORERS, f"unknown scorer {name!r}; there are {', '.join(SCORERS)}")
-    if name == "predictor":
+    if name in ("predictor", "module"):
         need(predictors is not None, "no trained predictors for this checkpoint: run train.py, or name a file with --predictors, or use --scorer")
-        return predictor_scorer(predictors)
+        return predictor_scorer(predictors, prior if name == "predictor" else 0.0)
     if name.startswith("attention"):
         return attention_scorer(model, schedule, 16 if name == "attention16" else None)
     return {"random": lambda: random_scorer(seed), "recent": recent_scorer, "earliest": earliest_scorer, "norm": norm_scorer}[name]()

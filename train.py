@@ -40,7 +40,7 @@ def topk_mask(logits, previous, pos, k, prompt_len, schedule):
     return straight_through(torch.zeros_like(previous).scatter(1, index, 1.0), torch.softmax(logits, -1)[..., 0], previous)
 
 
-def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="gumbel", tau=1.0):
+def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", tau=1.0):
     """The pruning stage of training: tokens (B, N) -> x (B, N, D) leaving the last block, stage logits and masks.
 
     Nothing is dropped physically; a dropped token is hidden from all later attention (it still sees itself). mask:
@@ -130,6 +130,16 @@ def settings(model, rows, schedule, args):
     return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), len(rows), seen])
 
 
+def calibrate(model, predictors, rows, schedule, priors=(0.0, 0.25, 0.5, 1.0, 2.0, -0.5, -1.0)):
+    """Beyond the paper: the position prior (see `predictor_scorer`) under which the pruned model finds these training rows likeliest."""
+    total = {}
+    for done, prior in enumerate(priors, start=1):
+        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, prior)) for e in rows]
+        total[prior] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
+        print(f"calibrating {done}/{len(priors)}: prior {prior} gives NLL {total[prior]:.4f} on {len(rows)} training rows", flush=True)
+    return min(total, key=total.get)
+
+
 def save_state(path, predictors, optimizer, step, log, run):
     """Everything that an unbroken run would have in memory, as safetensors."""
     tensors = {f"p.{k}": v for k, v in predictors.state_dict().items()}
@@ -171,7 +181,7 @@ def train(model, rows, heldout, schedule, args, out):
     schedule = Schedule(**{**schedule.__dict__, "stages": S})
     predictors = nn.ModuleList(Predictor(model.config.dim) for _ in range(S)).to(model.device)
     optimizer = torch.optim.AdamW(predictors.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = args.steps or max(1, args.epochs * len(rows) // args.accum)
+    steps = args.steps or max(1, (args.epochs or (2 if args.data else 1)) * len(rows) // args.accum)
     state, notes = out.with_name("train_state.safetensors"), {"reduce": args.reduce, "template": args.template or "plain", "command": "python " + " ".join(sys.argv)}
     run = settings(model, rows, schedule, args)
     step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
@@ -211,6 +221,9 @@ def train(model, rows, heldout, schedule, args, out):
             save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
+    if args.calibrate:
+        prior = calibrate(model, predictors.eval(), rows[:args.calibrate], schedule)
+        save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
     return log
 
 
@@ -219,9 +232,9 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under checkpoints/")
     add_data_arguments(parser, limit=None)
-    parser.add_argument("--epochs", type=at_least(1), default=2, help="passes over the rows (paper: 2)")
+    parser.add_argument("--epochs", type=at_least(1), help="passes over the rows (default: 2, the paper's; on the toy's own rows 1)")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
-    parser.add_argument("--accum", type=at_least(1), default=8, help="rows whose gradients are added up before a step")
+    parser.add_argument("--accum", type=at_least(1), default=4, help="rows whose gradients are added up before a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate; a cosine follows")
     parser.add_argument("--cls", type=float, default=1.0, help="weight of the pruned model's cross entropy, Eq. 7")
@@ -229,11 +242,14 @@ def arguments():
     parser.add_argument("--rank", type=float, default=1.0, help="weight of the ranking loss, Eq. 5 and 6")
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the KL divergence from the unpruned model")
     parser.add_argument("--reduce", choices=REDUCE, default="norm_gx", help="how the gradient becomes one number per token")
-    parser.add_argument("--mask", choices=("gumbel", "topk"), default="gumbel", help="sample each token (paper) or keep the scheduled count")
+    parser.add_argument("--mask", choices=("gumbel", "topk"), default="topk",
+                        help="gumbel: sample each token (paper; nothing then ties the number kept to the schedule); topk: keep the scheduled count, as inference does")
     parser.add_argument("--tau", type=float, default=1.0, help="temperature of the Gumbel-Softmax")
     parser.add_argument("--states", choices=("pruned", "marked"), default="pruned",
                         help="what the predictors read for MSE and ranking: the states of the pruning pass (paper) or of the unpruned marking "
                              "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
+    parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
+                        help="beyond the paper: after training, choose a position prior by the pruned likelihood of this many training rows")
     parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
     parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out (from the start where there is none)")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
