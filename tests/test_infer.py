@@ -1,0 +1,182 @@
+"""Generation, the pictures, the benchmark's JSON and the command lines, on the tiny model and the committed toy."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eval as evaluation
+import infer
+from conftest import ROOT, tiny_model
+from model import Tokenizer, load
+from prune import Schedule, make_scorer, prefill, random_scorer
+from saliency import Example, examples
+
+SCHEDULE = Schedule(1, 1, 4, 0.8)
+TOY = ROOT / "checkpoints" / "toy"
+
+
+def command(*words):
+    """Run one of our commands as a user would: -> exit code, stdout, stderr."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def greedy_by_full_passes(model, tokens, n):
+    tokens = tokens.clone()
+    for _ in range(n):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+    return tokens[0, -n:].tolist()
+
+
+def test_generation_equals_recomputing_everything(tiny, tokens):
+    run = infer.generate(tiny, tokens[:1], 8)
+    assert run.tokens == greedy_by_full_passes(tiny, tokens[:1], 8)
+    assert run.counts == [60] * 6 and run.trace == [] and run.kv_bytes == 67 * 6 * 2 * 24 * 4
+
+
+def test_keep_everything_generates_the_same_text(tiny, tokens):
+    full, kept = infer.generate(tiny, tokens[:1], 8), infer.generate(tiny, tokens[:1], 8, Schedule(1, 1, 4, 1.0), random_scorer())
+    assert full.tokens == kept.tokens and full.kv_bytes == kept.kv_bytes
+
+
+def test_pruned_generation_holds_the_scheduled_counts(tiny, tokens):
+    run = infer.generate(tiny, tokens[:1], 5, SCHEDULE, random_scorer(1))
+    assert run.counts == SCHEDULE.counts(60, 6) and len(run.tokens) == 5
+    assert run.kv_bytes == sum(n + 4 for n in run.counts) * 2 * 24 * 4
+
+
+def test_generation_stops_at_eos_and_samples_with_a_seed(tokens):
+    model = tiny_model()
+    first = infer.generate(model, tokens[:1], 8).tokens
+    assert infer.generate(model, tokens[:1], 8, eos=(first[2],)).tokens == first[:first.index(first[2]) + 1]
+    a, b = (infer.generate(model, tokens[:1], 8, temperature=2.0, generator=torch.Generator().manual_seed(s)).tokens for s in (1, 1))
+    assert a == b and a != first
+    with pytest.raises(ValueError, match="at least 1"):
+        infer.generate(model, tokens[:1], 0)
+
+
+def test_every_token_has_its_stage(tiny, tokens):
+    _, caches, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
+    stage_of = infer.dropped_at(trace, 60)
+    counts = SCHEDULE.counts(60, 6)
+    assert [stage_of.count(s) for s in range(5)] == [counts[5]] + [counts[s - 1] - counts[s] for s in range(1, 5)]
+    assert infer.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
+
+
+def test_survivors_page_is_self_contained_and_escapes_the_prompt(tiny, tokens, tmp_path):
+    _, _, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
+    page = tmp_path / "page.html"
+    infer.survivors_page(page, ["</script><b>"] + ["x"] * 59, infer.dropped_at(trace, 60), trace)
+    text = page.read_text()
+    assert text.count("</script>") == 1 and "http" not in text
+    data = json.loads(re.search(r"const data=(.*?),slider=", text).group(1))
+    assert data["blocks"] == [1, 2, 3, 4] and data["tokens"][0]["piece"] == "</script><b>" and len(data["tokens"]) == 60
+    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * infer.dropped_at(trace, 60).count(2)
+
+
+def test_bench_times_both_arms(tiny):
+    rows = infer.bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=2)
+    assert [row["n"] for row in rows] == [40]
+    for arm in ("full", "sdtp"):
+        assert {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"} <= set(rows[0][arm])
+        assert rows[0][arm]["prefill_s"] > 0 and rows[0][arm]["decode_s"] > 0
+    assert rows[0]["sdtp"]["kv_bytes"] < rows[0]["full"]["kv_bytes"] and 1 < rows[0]["ideal"] < 3
+
+
+def test_nll_rows_and_share_of_gap(tiny, tokens):
+    rows = [Example(tokens[i], 48) for i in range(2)]
+    sums, lengths = evaluation.nll_rows(tiny, rows, SCHEDULE, None, ["full", "random", "oracle:norm_g"], progress=False)
+    assert lengths == [12, 12] and all(len(v) == 2 for v in sums.values())
+    logp = tiny(tokens)[:, 47:-1].log_softmax(-1).gather(2, tokens[:, 48:, None])[..., 0]
+    assert sums["full"] == pytest.approx((-logp.sum(1)).tolist(), abs=1e-3)
+    mean, error = evaluation.per_token([2.0, 6.0], [1, 3])
+    assert mean == 2.0 and error == 0.0
+    assert evaluation.per_token([1.0, 3.0], [1, 1]) == (2.0, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the toy
+
+
+def test_toy_answers_with_a_third_of_the_tokens():
+    """A dozen held-out prompts: full and pruned by the committed predictors are right, random is mostly wrong."""
+    args = infer.argparse.Namespace(ckpt="toy", predictors=None, device="cpu", dtype=None, first=None, step=None, stages=None, keep=None, sink=None, local=None)
+    model, schedule, predictors, metadata = infer.load_pruning(args)
+    assert 0.64 < schedule.pruned < 0.66 and len(schedule.after(12)) == schedule.stages
+    right = {}
+    for example in examples(Tokenizer("toy"), TOY / "train.jsonl", "heldout", limit=12):
+        tokens, n = example.tokens[None], example.prompt_len
+        assert n >= 350
+        for name in ("full", "predictor", "random"):
+            arm = (None, None) if name == "full" else (schedule, make_scorer(name, model, schedule, predictors))
+            said = infer.generate(model, tokens[:, :n], tokens.shape[1] - n, *arm).tokens
+            right[name] = right.get(name, 0) + (said == tokens[0, n:].tolist())
+    assert right["full"] >= 11 and right["predictor"] >= 10 and right["random"] <= 8, right
+
+
+def test_toy_on_disk_is_small_and_its_tokenizer_round_trips():
+    assert sum(f.stat().st_size for f in TOY.iterdir()) < 10_000_000
+    tokenizer = Tokenizer("toy")
+    text = "Anna sells golden lamps. Zürich 42!"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    model = load("toy", device="cpu")
+    assert len(model.blocks) == 12 and model.config.n_kv_heads < model.config.n_heads
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([tokenizer.encode(text)]))).all()
+
+
+def test_infer_command(tmp_path):
+    code, out, err = command("infer.py", "--json", "--html", tmp_path / "page.html")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["full"]["text"].strip() == result["expected"] == result["sdtp"]["text"].strip()
+    assert result["sdtp"]["counts"][-1] < 0.36 * result["prompt_tokens"] and (tmp_path / "page.html").is_file()
+
+
+def test_bench_eval_saliency_and_train_commands(tmp_path):
+    code, out, err = command("infer.py", "--bench", 64, "--max-new-tokens", 2, "--repeats", 1, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["bench"][0]["n"] == 64, err
+    code, out, err = command("eval.py", "--limit", 2, "--scorers", "full", "random", "predictor", "--json")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert code == 0 and {r["scorer"] for r in rows} == {"full", "random", "predictor"} and set(rows[0]) >= {"metric", "value", "stderr", "n", "mean_keep"}, err
+    for figure in (1, 2):
+        code, out, err = command("saliency.py", "--figure", figure, "--limit", 2, "--json")
+        assert code == 0 and json.loads(out.splitlines()[-1])["figure"] == figure, err
+    code, out, err = command("train.py", "--steps", 1, "--accum", 1, "--report-rows", 1, "--out", tmp_path / "p.safetensors", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["log"][0]["step"] == 1 and (tmp_path / "p.safetensors").is_file(), err
+    code, out, err = command("infer.py", "--predictors", tmp_path / "p.safetensors", "--max-new-tokens", 2)
+    assert code == 0, err
+    code, out, err = command("prune.py", "--shape", "llama-7b", "--lengths", 4096, "--json")
+    assert code == 0 and abs(json.loads(out.splitlines()[-1])["pruned"] - 0.651) < 1e-3, err
+
+
+@pytest.mark.parametrize("words, message", [
+    (("infer.py", "--prompt", " "), "the prompt is empty"),
+    (("infer.py", "--ckpt", "llama-7b"), "no checkpoint 'llama-7b'"),
+    (("infer.py", "--ckpt", "random:llama-1"), "unknown shape"),
+    (("infer.py", "--prompt", "word " * 3000), "beyond this model's 2048 positions"),
+    (("infer.py", "--row", 9999), "held-out rows"),
+    (("infer.py", "--first", 3), "predictors stand after blocks"),
+    (("infer.py", "--keep", 0), "keep lies in"),
+    (("infer.py", "--device", "warp"), "not available here"),
+    (("infer.py", "--prompt-file", "tests"), "directory"),
+    (("infer.py", "--temperature", "nan"), "expected 0 (greedy) or more"),
+    (("eval.py", "--ckpt", "random:llama-7b"), "no checkpoint"),
+    (("infer.py", "--predictors", "none.safetensors"), "no such file"),
+    (("train.py", "--data", "none.jsonl"), "no such data file"),
+    (("train.py", "--cls", 0, "--mse", 0, "--rank", 0), "all loss weights are 0"),
+    (("saliency.py", "--prompt", "a"), "needs --response"),
+])
+def test_bad_input_ends_in_one_line(words, message):
+    code, out, err = command(*words)
+    lines = err.strip().splitlines()
+    assert code != 0 and message in lines[-1] and "Traceback" not in err and len(lines) == 1, err
+
+
+@pytest.mark.parametrize("words", [("infer.py", "--bench", -5), ("infer.py", "--max-new-tokens", 0), ("saliency.py", "--row", -1), ("train.py", "--accum", 0),
+                                   ("eval.py", "--limit", "x"), ("prune.py", "--lengths", 0)])
+def test_numbers_out_of_range_are_refused_by_the_command_line(words):
+    code, out, err = command(*words)
+    assert code == 2 and "expected a whole number, at least" in err and "Traceback" not in err
