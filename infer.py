@@ -295,7 +295,8 @@ def side_by_side(args, model, schedule, scorer, metadata):
     print()
     for name, run in runs.items():
         used = flops(model.config, run.counts, schedule=schedule if name == "sdtp" else None)
-        result[name] = {"text": tokenizer.decode(run.tokens), "counts": run.counts, "prefill_s": run.prefill_s, "decode_s": run.decode_s,
+        said = run.tokens[:-1] if run.tokens[-1] in model.config.eos else run.tokens
+        result[name] = {"text": tokenizer.decode(said), "counts": run.counts, "prefill_s": run.prefill_s, "decode_s": run.decode_s,
                         "e2e_s": run.prefill_s + run.decode_s * (len(run.tokens) - 1), "flops": used, "kv_bytes": run.kv_bytes, "new_tokens": len(run.tokens)}
         r = result[name]
         print(f"{name:4}  {r['text']!r}\n      prefill {1e3 * r['prefill_s']:.1f} ms, decode {1e3 * r['decode_s']:.1f} ms a token, end to end {1e3 * r['e2e_s']:.1f} ms,"

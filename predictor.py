@@ -111,8 +111,9 @@ def ranking_loss(score, saliency, mask=None, chunk=1024):
 
 
 def fingerprint(config):
-    """A short hash of the backbone's Config, so that predictors are not used on another model (weights are not compared)."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of the backbone's shape, so that predictors are not used on another model (weights are not compared)."""
+    shape = {k: v for k, v in asdict(config).items() if k not in ("bos", "eos", "max_positions")}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(path, tensors, metadata):

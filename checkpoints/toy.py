@@ -123,7 +123,7 @@ def pretrain(seed, max_steps, cooldown=400):
     """Pretrain from nothing; returns the model. About 2.3 million weights, 12 blocks, two query heads per key/value head."""
     sp = make_tokenizer(seed, HERE / "tokenizer.model")
     config = Config(dim=128, n_blocks=12, n_heads=4, n_kv_heads=2, head_dim=32, ffn=336, vocab=sp.vocab_size(), max_positions=2048, tied=True,
-                    bos=sp.bos_id(), eos=(sp.eos_id(),))
+                    bos=sp.bos_id(), eos=(sp.eos_id(), sp.encode("Question")[0]))  # an answer ends where the next question would begin
     torch.manual_seed(seed)
     rng = random.Random(seed + 1)
     model = Llama(config)
