@@ -54,8 +54,10 @@ def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", ta
     x = model.embed(tokens)
     keep, logits, masks = None, [], [torch.ones_like(pos, dtype=torch.float32)]
     for i, block in enumerate(model.blocks, start=1):
-        # the n x n weights of masked attention are recomputed in the backward pass, not held: a 7B model would need 76 GB
-        x = block(x, rope) if keep is None else checkpoint(block, x, rope, None, keep, use_reentrant=False)
+        if keep is None or tokens.shape[1] <= 512:
+            x = block(x, rope, keep=keep)
+        else:                       # the n x n weights of masked attention are computed again in the backward pass, not held
+            x = checkpoint(block, x, rope, None, keep, use_reentrant=False)
         if i in after:
             logits.append(predictors[len(logits)](x))
             if mask == "topk":

@@ -193,6 +193,18 @@ def test_every_scorer_has_the_same_signature(tiny, tokens):
         make_scorer("predictor", tiny, SCHEDULE)
 
 
+def test_a_position_prior_is_added_to_the_ranks(tiny, tokens):
+    x, pos, predictors = torch.randn(2, 60, 48), positions(tokens), predictors_for(tiny)
+    s = score(predictors[0](x))
+    assert torch.equal(predictor_scorer(predictors)(0, x, pos), s)
+    with_prior = predictor_scorer(predictors, 0.5)(0, x, pos)
+    for b in range(2):
+        for i in (0, 17, 59):
+            rank = (s[b] < s[b, i]).sum() / 60
+            assert abs(with_prior[b, i] - (rank + 0.5 * (1 - i / 60))) < 1e-6
+    assert torch.equal(predictor_scorer(predictors, 1e6)(0, x, pos).argsort(1, descending=True), pos), "a huge prior keeps the earliest"
+
+
 def test_attention_received_sums_to_heads_times_queries(tiny, tokens):
     x, pos = tiny.embed(tokens), positions(tokens)
     everything, last = (attention_scorer(tiny, SCHEDULE, n)(0, x, pos) for n in (None, 16))

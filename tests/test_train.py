@@ -60,6 +60,25 @@ def test_masks_are_hard_cumulative_and_spare_the_protected(tiny, tokens, mask):
         assert [int(m[0, :48].sum()) for m in masks] == SCHEDULE.counts(48, 6)[:5]
 
 
+def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch):
+    model, predictors = tiny_model(max_positions=1024), fresh_predictors()
+    tokens = torch.randint(0, 90, (1, 520), generator=torch.Generator().manual_seed(1))
+
+    def gradients():
+        predictors.zero_grad()
+        T.masked_pass(model, predictors, tokens, 500, SCHEDULE)[0][:, 500:].square().sum().backward()
+        return [p.grad.clone() for p in predictors.parameters()]
+    recomputed, calls = gradients(), []
+    monkeypatch.setattr(T, "checkpoint", lambda f, *a, use_reentrant: calls.append(1) or f(*a))
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients())) and len(calls) == 5
+
+
+def test_calibration_finds_the_prior_that_the_rows_want(tiny, monkeypatch):
+    monkeypatch.setattr(T, "predictor_scorer", lambda predictors, prior: prior)
+    monkeypatch.setattr(T, "nll", lambda model, tokens, n, schedule, prior: torch.full((1, 3), abs(prior - 0.5)))
+    assert T.calibrate(tiny, None, rows(2), SCHEDULE) == 0.5
+
+
 def test_the_masks_gradient_is_that_of_letting_a_token_in_a_little():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 9, 12, generator=generator) for h in (4, 2, 2))
