@@ -176,7 +176,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, keep=None):
         """x (B, n, D) -> (B, n, D). `cache` adds what it holds as earlier keys; `keep` (B, n) hides keys (see `masked_attention`)."""
-        B, n, _ = x.shape
+        n = x.shape[1]
         q, k, v = self.qkv(x, rope)
         pos = rope.pos
         if cache is not None:
@@ -188,7 +188,11 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=k.shape[1] != q.shape[1])
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(rope.pos, pos, rope.window), enable_gqa=k.shape[1] != q.shape[1])
-        x = x + self.o(y.transpose(1, 2).reshape(B, n, -1))          # (B, H, n, d) -> (B, n, H*d)
+        return self.mix(x, y)
+
+    def mix(self, x, y):
+        """What follows attention: x (B, n, D), heads' outputs y (B, H, n, d) -> (B, n, D)."""
+        x = x + self.o(y.transpose(1, 2).flatten(2))                 # (B, H, n, d) -> (B, n, H*d)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
