@@ -16,10 +16,11 @@ import time
 
 import torch
 
-from infer import add_pruning_arguments, load_pruning, provenance
-from model import Tokenizer, need
+from common import add_data_arguments, cli, provenance, rows_from
+from infer import add_pruning_arguments, load_pruning
+from model import Tokenizer
 from prune import SCORERS, make_scorer, nll, oracle_scorer
-from saliency import REDUCE, add_data_arguments, cli, mark, reduce_saliency, rows_from
+from saliency import REDUCE, mark, reduce_saliency
 
 
 def nll_rows(model, rows, schedule, predictors, names, prior=0.0, progress=True):

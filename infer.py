@@ -13,9 +13,7 @@ Shapes: B = 1 row, N prompt tokens, L blocks.
 import argparse
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import DTYPES, TEMPLATES, Tokenizer, at_least, find, load, need
+from common import TEMPLATES, at_least, cli, hardware, prompt_text, provenance, read_rows
+from model import DTYPES, Tokenizer, find, load, need
 from predictor import Predictor, load_predictors
-from prune import SCORERS, add_schedule_arguments, extend, flops, make_scorer, predictor_scorer, prefill, schedule_from
-from saliency import cli, prompt_text, read_rows
+from prune import SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
 
 
 class Generation(NamedTuple):
@@ -149,23 +147,6 @@ def peak_memory(device, reset=False):
         return None
 
 
-def hardware(device):
-    """What the numbers were measured on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") if Path("/proc/cpuinfo").exists() else ""
-    return f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def provenance(model):
-    """What a result needs to be believed: command, commit, hardware."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {"command": "python " + " ".join(sys.argv), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
 def bench(model, lengths, schedule, scorer, new=128, repeats=5):
     """Table 2: per prompt length both arms in turn, the same code, after a warm-up. Times in seconds, sizes in bytes."""
     rows, L = [], len(model.blocks)
@@ -280,7 +261,7 @@ def side_by_side(args, model, schedule, scorer, metadata):
     tokens, n, L = torch.tensor([ids], device=model.device), len(ids), len(model.blocks)
     arms = {"full": (None, None), "sdtp": (schedule, scorer)}
     runs, times = {}, {arm: [] for arm in arms}
-    for i in range(5):              # a warm-up of both arms, three timed prefills in turn, then the texts
+    for i in range(5):              # a warm-up of both arms, then four timed prefills in turn, the last with its text
         for name, arm in arms.items():
             runs[name] = generate(model, tokens, (args.max_new_tokens or 48) if i == 4 else 2, *arm, temperature=args.temperature)
             times[name] += [runs[name].prefill_s] * (i > 0)

@@ -7,7 +7,6 @@ not hidden in here: saliency.py, train.py and prune.py each write their own, wit
 
 Shapes: B rows, n tokens now in the pass, D hidden, H query heads, G key/value heads, d head size, V vocabulary.
 """
-import argparse
 import json
 import math
 import os
@@ -285,15 +284,6 @@ def need(condition, message):
         raise ValueError(message)
 
 
-def at_least(minimum):
-    """For argparse: a whole number not below the minimum."""
-    def whole(text):
-        if not text.lstrip("-").isdigit() or len(text) > 12 or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number, at least {minimum}, not {text!r}")
-        return int(text)
-    return whole
-
-
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -391,13 +381,6 @@ def load(path, dtype=None, device=None):
     if config.tied:
         model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
-
-
-TEMPLATES = {  # the user's text goes into {}; the answer follows
-    "plain": "{}",
-    "llama-2": "[INST] {} [/INST]",
-    "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-}
 
 
 class Tokenizer:

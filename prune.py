@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import SHAPES, Config, KVCache, at_least, find, need, positions, visible
+from common import at_least, cli
+from model import SHAPES, Config, KVCache, find, need, positions, visible
 from predictor import hidden_size, score
 
 
@@ -304,5 +305,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from saliency import cli
     cli(main)

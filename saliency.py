@@ -12,13 +12,12 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from model import TEMPLATES, Tokenizer, at_least, load, need, positions
+from common import add_data_arguments, at_least, cli, encode_row, provenance, rows_from
+from model import Tokenizer, load, need, positions
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
 
@@ -77,88 +76,6 @@ def saliency(model, tokens, prompt_len, blocks, reduce="norm_gx"):
 def sparsity(s):
     """Share of tokens whose saliency is at most 10% of the largest of their row (Figure 2): s (..., n) -> (...)."""
     return (s <= 0.1 * s.amax(-1, keepdim=True)).float().mean(-1)
-
-
-# ------------------------------------------------------------------------------------------------- rows of a data file
-
-
-class Example(NamedTuple):
-    tokens: torch.Tensor            # (N,) prompt then response
-    prompt_len: int
-
-
-def read_rows(path, split="all", fields=("instruction", "context", "response")):
-    """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
-
-    split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all".
-    """
-    path = Path(path)
-    need(path.is_file(), f"{path}: no such data file")
-    rows = []
-    with path.open(encoding="utf-8") as f:
-        try:
-            for number, line in enumerate(f, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                    json.dumps(rows[-1], ensure_ascii=False).encode()  # a lone surrogate is no text
-                except (ValueError, RecursionError) as e:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-                need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
-                for field in fields:
-                    value = rows[-1].get(field, "" if field == "context" else None)
-                    need(isinstance(value, str) or field == "context" and value is None, f"{path}, line {number}: {field!r} is missing or not text")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
-    cut = len(rows) - max(1, len(rows) // 10)
-    return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
-
-
-def prompt_text(row, template="plain"):
-    """The prompt of a Dolly row: in the template, the instruction, then the context after a blank line."""
-    need(template in TEMPLATES, f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
-    return TEMPLATES[template].replace("{}", row["instruction"] + ("\n\n" + row["context"] if row.get("context") else ""))
-
-
-def encode_row(tokenizer, row, template="plain", max_response=96):
-    """A Dolly row {instruction, context, response} -> Example."""
-    prompt = tokenizer.encode(prompt_text(row, template))
-    response = tokenizer.encode(row["response"], bos=False)[:max_response]
-    return Example(torch.tensor(prompt + response), len(prompt))
-
-
-def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096, max_response=96, context=False, limit=None):
-    """Encoded rows of a file whose prompt has min_prompt..max_prompt tokens (`context`: only rows that have one), at most `limit`."""
-    found = []
-    for row in read_rows(path, split):
-        if context and not row.get("context"):
-            continue
-        example = encode_row(tokenizer, row, template, max_response)
-        if min_prompt <= example.prompt_len <= max_prompt and example.prompt_len < len(example.tokens):
-            found.append(example)
-            if limit and len(found) == limit:
-                break
-    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens")
-    return found
-
-
-def add_data_arguments(parser, limit):
-    """The options by which every command chooses its rows."""
-    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the toy's own rows)")
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: plain; eval.py: the predictors')")
-    parser.add_argument("--context", action="store_true", help="only rows that have a context")
-    parser.add_argument("--min-prompt", type=at_least(1), default=1, help="shortest prompt, in tokens")
-    parser.add_argument("--max-prompt", type=at_least(1), default=2048, help="longest prompt, in tokens")
-    parser.add_argument("--max-response", type=at_least(1), default=96, help="responses are cut to this many tokens")
-    parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
-
-
-def rows_from(args, tokenizer, split, template=None, limit=None):
-    """`examples` with the options of `add_data_arguments`."""
-    path = args.data or Path(__file__).resolve().parent / "checkpoints" / "toy" / "train.jsonl"
-    return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt, args.max_prompt, args.max_response,
-                    args.context, limit or args.limit)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -250,17 +167,7 @@ def main():
             figure2(values, args.png, f"Sparsity of salient tokens, {args.ckpt}, {len(rows)} rows")
         result = {"figure": 2, "reduce": args.reduce, "rows": len(rows), "sparsity": values}
     if args.json:
-        print(json.dumps({"command": "python " + " ".join(sys.argv), "ckpt": args.ckpt, **result}))
-
-
-def cli(main):
-    """Run a command's main: bad input ends in one line on stderr and exit code 1, not in a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        print(json.dumps({**provenance(model), "ckpt": args.ckpt, **result}))
 
 
 if __name__ == "__main__":

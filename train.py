@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import DTYPES, Tokenizer, at_least, load, need, positions
+from common import add_data_arguments, at_least, cli, provenance, rows_from
+from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
 from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
-from saliency import REDUCE, add_data_arguments, cli, mark, reduce_saliency, rows_from
+from saliency import REDUCE, mark, reduce_saliency
 
 
 def candidates(pos, prompt_len, schedule):
@@ -279,7 +280,7 @@ def main():
     log = train(model, rows, heldout, schedule, args, out)
     print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
     if args.json:
-        print(json.dumps({"command": "python " + " ".join(sys.argv), "seconds": time.time() - start, "out": str(out), "log": log}))
+        print(json.dumps({**provenance(model), "seconds": time.time() - start, "out": str(out), "log": log}))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer import add_pruning_arguments, load_pruning, provenance  # noqa: E402
-from model import Config, Llama, Tokenizer, at_least, hf_name  # noqa: E402
+from common import at_least, cli, provenance  # noqa: E402
+from infer import add_pruning_arguments, load_pruning  # noqa: E402
+from model import Config, Llama, Tokenizer, hf_name  # noqa: E402
 from predictor import save_tensors  # noqa: E402
 from prune import SCORERS, extend, make_scorer, prefill  # noqa: E402
-from saliency import cli  # noqa: E402
 
 HERE = Path(__file__).resolve().parent / "toy"
 NAMES = ("Anna Boris Clara David Emma Felix Grace Henry Irene James Karen Louis Maria Nathan Olga Peter "

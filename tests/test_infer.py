@@ -9,10 +9,10 @@ import torch
 
 import eval as evaluation
 import infer
+from common import Example, examples
 from conftest import ROOT, tiny_model
 from model import Tokenizer, load
 from prune import Schedule, make_scorer, prefill, random_scorer
-from saliency import Example, examples
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 TOY = ROOT / "checkpoints" / "toy"

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
+from common import encode_row, examples, read_rows
 from model import positions
-from saliency import encode_row, examples, heat_text, mark, read_rows, reduce_saliency, saliency, sparsity
+from saliency import heat_text, mark, reduce_saliency, saliency, sparsity
 
 
 def log_likelihood(model, x, tokens, prompt_len, block):

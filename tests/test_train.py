@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 import train as T
+from common import Example
 from conftest import tiny_model
 from model import masked_attention, positions, visible
 from predictor import Predictor, load_predictors, load_tensors
 from prune import Schedule
-from saliency import Example
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 

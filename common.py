@@ -1,0 +1,137 @@
+"""What the commands share and the paper does not speak of: rows of a data file, options, errors, provenance of a result.
+
+Data files hold one JSON object a line with instruction, context and response (databricks-dolly-15k's layout). The last
+tenth of every file is held out: train.py never reads it, eval.py reads nothing else.
+"""
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model import need
+
+TEMPLATES = {  # the user's text goes into {}; the answer follows
+    "plain": "{}",
+    "llama-2": "[INST] {} [/INST]",
+    "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+class Example(NamedTuple):
+    tokens: torch.Tensor            # (N,) prompt then response
+    prompt_len: int
+
+
+def read_rows(path, split="all", fields=("instruction", "context", "response")):
+    """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
+
+    split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all".
+    """
+    path = Path(path)
+    need(path.is_file(), f"{path}: no such data file")
+    rows = []
+    with path.open(encoding="utf-8") as f:
+        try:
+            for number, line in enumerate(f, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                    json.dumps(rows[-1], ensure_ascii=False).encode()  # a lone surrogate is no text
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+                need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
+                for field in fields:
+                    value = rows[-1].get(field, "" if field == "context" else None)
+                    need(isinstance(value, str) or field == "context" and value is None, f"{path}, line {number}: {field!r} is missing or not text")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
+    cut = len(rows) - max(1, len(rows) // 10)
+    return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
+
+
+def prompt_text(row, template="plain"):
+    """The prompt of a Dolly row: in the template, the instruction, then the context after a blank line."""
+    need(template in TEMPLATES, f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[template].replace("{}", row["instruction"] + ("\n\n" + row["context"] if row.get("context") else ""))
+
+
+def encode_row(tokenizer, row, template="plain", max_response=96):
+    """A Dolly row {instruction, context, response} -> Example."""
+    prompt = tokenizer.encode(prompt_text(row, template))
+    response = tokenizer.encode(row["response"], bos=False)[:max_response]
+    return Example(torch.tensor(prompt + response), len(prompt))
+
+
+def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096, max_response=96, context=False, limit=None):
+    """Encoded rows of a file whose prompt has min_prompt..max_prompt tokens (`context`: only rows that have one), at most `limit`."""
+    found = []
+    for row in read_rows(path, split):
+        if context and not row.get("context"):
+            continue
+        example = encode_row(tokenizer, row, template, max_response)
+        if min_prompt <= example.prompt_len <= max_prompt and example.prompt_len < len(example.tokens):
+            found.append(example)
+            if limit and len(found) == limit:
+                break
+    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens")
+    return found
+
+
+def add_data_arguments(parser, limit):
+    """The options by which every command chooses its rows."""
+    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the toy's own rows)")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: plain; eval.py: the predictors')")
+    parser.add_argument("--context", action="store_true", help="only rows that have a context")
+    parser.add_argument("--min-prompt", type=at_least(1), default=1, help="shortest prompt, in tokens")
+    parser.add_argument("--max-prompt", type=at_least(1), default=2048, help="longest prompt, in tokens")
+    parser.add_argument("--max-response", type=at_least(1), default=96, help="responses are cut to this many tokens")
+    parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
+
+
+def rows_from(args, tokenizer, split, template=None, limit=None):
+    """`examples` with the options of `add_data_arguments`."""
+    path = args.data or Path(__file__).resolve().parent / "checkpoints" / "toy" / "train.jsonl"
+    return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt, args.max_prompt, args.max_response,
+                    args.context, limit or args.limit)
+
+
+def at_least(minimum):
+    """For argparse: a whole number not below the minimum."""
+    def whole(text):
+        if not text.lstrip("-").isdigit() or len(text) > 12 or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {minimum}, not {text!r}")
+        return int(text)
+    return whole
+
+
+def hardware(device):
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") if Path("/proc/cpuinfo").exists() else ""
+    return f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def provenance(model):
+    """What a result needs to be believed: command, commit, hardware."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"command": "python " + " ".join(sys.argv), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def cli(main):
+    """Run a command's main: bad input ends in one line on stderr and exit code 1, not in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
