@@ -4,7 +4,7 @@ The script writes its own text from a seed: a story of filler sentences in which
 where, then a question about one or two of these people. So the truth about which tokens matter is known, and an answer
 is right or wrong as a whole. Everything is made here: tokenizer, weights, training rows for the predictors.
 
-    python checkpoints/toy.py                    # pretrain (about an hour on two cores) and write checkpoints/toy
+    python checkpoints/toy.py                    # pretrain (22 minutes on one core) and write checkpoints/toy
     python checkpoints/toy.py --eval 500         # exact answers on fresh prompts: full model, predictors, random, recent, ...
 """
 import argparse
