@@ -1,7 +1,7 @@
 """Make checkpoints/toy: a small Llama that answers a question from a few facts hidden in a long prompt, with its tokenizer and rows.
 
-The script writes its own text from a seed: a story of filler sentences in which a few sentences say who keeps a thing
-where, then a question about one or two of these people. So the truth about which tokens matter is known, and an answer
+The script writes its own text from a seed: a story of filler sentences in which a few sentences say who sells what,
+then a question about one or two of these people. So the truth about which tokens matter is known, and an answer
 is right or wrong as a whole. Everything is made here: tokenizer, weights, training rows for the predictors.
 
     python checkpoints/toy.py                    # pretrain (22 minutes on one core) and write checkpoints/toy
