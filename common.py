@@ -55,26 +55,27 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
     return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
 
 
-def prompt_text(row, template="plain"):
-    """The prompt of a Dolly row: in the template, the instruction, then the context after a blank line."""
+def prompt_text(row, template="plain", question="first"):
+    """The prompt of a Dolly row: in the template, the instruction and, after a blank line, the context, or the other way round."""
     need(template in TEMPLATES, f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
-    return TEMPLATES[template].replace("{}", row["instruction"] + ("\n\n" + row["context"] if row.get("context") else ""))
+    parts = [row["instruction"]] + ([row["context"]] if row.get("context") else [])
+    return TEMPLATES[template].replace("{}", "\n\n".join(parts if question == "first" else reversed(parts)))
 
 
-def encode_row(tokenizer, row, template="plain", max_response=96):
+def encode_row(tokenizer, row, template="plain", max_response=96, question="first"):
     """A Dolly row {instruction, context, response} -> Example."""
-    prompt = tokenizer.encode(prompt_text(row, template))
+    prompt = tokenizer.encode(prompt_text(row, template, question))
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
     return Example(torch.tensor(prompt + response), len(prompt))
 
 
-def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096, max_response=96, context=False, limit=None):
+def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096, max_response=96, context=False, limit=None, question="first"):
     """Encoded rows of a file whose prompt has min_prompt..max_prompt tokens (`context`: only rows that have one), at most `limit`."""
     found = []
     for row in read_rows(path, split):
         if context and not row.get("context"):
             continue
-        example = encode_row(tokenizer, row, template, max_response)
+        example = encode_row(tokenizer, row, template, max_response, question)
         if min_prompt <= example.prompt_len <= max_prompt and example.prompt_len < len(example.tokens):
             found.append(example)
             if limit and len(found) == limit:
@@ -88,6 +89,7 @@ def add_data_arguments(parser, limit):
     parser.add_argument("--data", help="JSONL with instruction, context, response (default: the toy's own rows)")
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: plain; eval.py: the predictors')")
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
+    parser.add_argument("--question", choices=("first", "last"), default="first", help="where the instruction stands: before or after the context")
     parser.add_argument("--min-prompt", type=at_least(1), default=1, help="shortest prompt, in tokens")
     parser.add_argument("--max-prompt", type=at_least(1), default=2048, help="longest prompt, in tokens")
     parser.add_argument("--max-response", type=at_least(1), default=96, help="responses are cut to this many tokens")
@@ -98,7 +100,7 @@ def rows_from(args, tokenizer, split, template=None, limit=None):
     """`examples` with the options of `add_data_arguments`."""
     path = args.data or Path(__file__).resolve().parent / "checkpoints" / "toy" / "train.jsonl"
     return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt, args.max_prompt, args.max_response,
-                    args.context, limit or args.limit)
+                    args.context, limit or args.limit, args.question)
 
 
 def at_least(minimum):

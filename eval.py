@@ -1,95 +1,387 @@
-"""Quality of pruned prompts: what a scorer costs in likelihood (the paper's "comparable performance", Section 4.2).
+"""Quality of pruned prompts: is the performance "comparable" (Section 4.2; Tables 1, 3 and 6)?
 
-The prompt is pruned by each scorer under the same schedule, the reference response is read on its caches, and the
-negative log-likelihood per response token is compared. "share of gap" says where a scorer stands between random
-pruning (0%) and the full model (100%).
+Every task is a list of prompts, each with one or more answers. A prompt is read once per scorer, pruned under the same
+schedule, and the answers are read on its caches. One row a scorer; every row of data is measured under all scorers
+before the next one, so differences between scorers are paired.
 
     python eval.py                                                                         # the toy's held-out rows
     python eval.py --ckpt smollm2 --data dolly.jsonl --context --min-prompt 128 --max-prompt 448 --limit 100
+    python eval.py --ckpt smollm2 --task piqa --data piqa.jsonl --shots 5                  # Table 3
+    python eval.py --ckpt smollm2 --task long --data multi_news.jsonl --max-prompt 2048    # Table 1
+    python eval.py --ckpt smollm2 --task copa --data copa.jsonl --scorers full full+h2o full+local predictor predictor+h2o   # Table 6
 
-Shapes: B = 1 row, N tokens (prompt and response), S stages.
+tasks: nll     likelihood of the response of Dolly rows {instruction, context, response}; "share of gap" says where a
+               scorer stands between random pruning (0%) and the full model (100%)
+       text    likelihood of the next --max-response tokens after --max-prompt tokens of plain text, rows {text}
+       copa, piqa, winogrande, boolq, choice   accuracy of the likeliest answer, as lm-evaluation-harness scores it;
+               choice reads any rows {context, choices, label}
+       lambada the last word of {text}: is it the model's own choice?
+       long    rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or Dolly's: F1 or ROUGE-L of the
+               generated answer, its likelihood, and Table 1's times
+scorers: full; predictor (with its prior, if it has one), module (without), random, recent, earliest, norm, attention,
+       attention16; oracle:norm_gx and so on (they need the answer: ceilings, no methods); compress (the predictors' scores,
+       but the tokens leave the text before block 1). Each may be followed by @S (only the first S stages; the paper's
+       SDTP-low) and by +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency alone).
+
+Rows already measured are kept in --log: the same command goes on where it was stopped.
+
+Shapes: B = 1 row, N prompt tokens, S stages.
 """
 import argparse
+import copy
+import dataclasses
+import hashlib
 import json
+import math
+import os
+import random
+import re
+import string
 import sys
 import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from common import add_data_arguments, cli, provenance, rows_from
-from infer import add_pruning_arguments, load_pruning
-from model import Tokenizer
-from prune import SCORERS, make_scorer, nll, oracle_scorer
-from saliency import REDUCE, mark, reduce_saliency
+from common import add_data_arguments, at_least, cli, encode_row, prompt_text, provenance, read_rows, rows_from
+from infer import add_pruning_arguments, generate, load_pruning
+from model import Tokenizer, find, need, positions
+from prune import H2O, SCORERS, extend, make_scorer, oracle_scorer, prefill, select
+from saliency import REDUCE, saliency
+
+CHOICE = ("copa", "piqa", "winogrande", "boolq", "choice")
 
 
-def nll_rows(model, rows, schedule, predictors, names, prior=0.0, progress=True):
-    """Summed response NLL of every row under every scorer: -> {name: list of one float a row}, response lengths."""
-    sums, lengths, start = {name: [] for name in names}, [], time.time()
-    for row, example in enumerate(rows):
-        tokens, n = example.tokens[None].to(model.device), example.prompt_len
-        if any(name.startswith("oracle") for name in names):
-            states, grads, _ = mark(model, tokens, n, schedule.after(len(model.blocks)))
-        for name in names:
-            if name == "full":
-                values = nll(model, tokens, n)
-            else:
-                if name.startswith("oracle:"):
-                    reduce = name.removeprefix("oracle:")
-                    scorer = oracle_scorer(torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)]))
-                else:
-                    scorer = make_scorer(name, model, schedule, predictors, row, prior)
-                values = nll(model, tokens, n, schedule, scorer)
-            sums[name].append(values.sum().item())
-        lengths.append(tokens.shape[1] - n)
-        left = (time.time() - start) / (row + 1) * (len(rows) - row - 1)
-        if progress:
-            print(f"\r{row + 1}/{len(rows)} rows, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    return sums, lengths
+class Answer(NamedTuple):
+    tokens: list                    # what follows the prompt
+    start: int                      # the first of them that counts
+    bytes: int                      # UTF-8 length of the text that counts
 
 
-def per_token(sums, lengths):
-    """Mean NLL per token over rows and its standard error (ratio estimator, rows independent)."""
+class Item(NamedTuple):
+    prompt: list                    # token ids
+    answers: list                   # of Answer
+    gold: int                       # the right one
+    texts: tuple = ()               # reference answers, for F1 and ROUGE-L
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def as_choice(task, row):
+    """A row of a multiple-choice set -> context, [(unscored lead, scored text)], index of the right one."""
+    if task == "copa":
+        context = row["premise"].strip()[:-1] + {"cause": " because", "effect": " therefore"}[row["question"]]
+        return context, [("", " " + c[:1].lower() + c[1:]) for c in (row["choice1"], row["choice2"])], row["label"]
+    if task == "piqa":
+        return f"Question: {row['goal']}\nAnswer:", [("", " " + row["sol1"]), ("", " " + row["sol2"])], row["label"]
+    if task == "winogrande":        # the same ending is scored after either name
+        before, after = row["sentence"].split("_")
+        return before.rstrip(), [(" " + row["option1"], after), (" " + row["option2"], after)], int(row["answer"]) - 1
+    if task == "boolq":
+        return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", [("", " no"), ("", " yes")], int(row["label"])
+    if task == "lambada":
+        context, word = row["text"].rstrip().rsplit(" ", 1)
+        return context, [("", " " + word)], 0
+    return row["context"], [("", c if c[:1].isspace() else " " + c) for c in row["choices"]], row["label"]
+
+
+def choice_items(tokenizer, path, task, limit, shots, seed):
+    """Multiple choice and LAMBADA. The last tenth of the file (at least 10 rows) gives the few-shot examples and is not scored."""
+    rows = []
+    for number, row in enumerate(read_rows(path, fields=()), start=1):
+        try:
+            rows.append(as_choice(task, row))
+            need(all(isinstance(part, str) for part in (rows[-1][0], *sum(rows[-1][1], ()))) and rows[-1][2] in range(len(rows[-1][1])), "wrong type")
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"{path}, row {number}: not a row of {task} ({type(e).__name__}: {e})") from None
+    pool = max(10, len(rows) // 10)
+    need(len(rows) > pool, f"{path}: {len(rows)} rows are too few, {pool} are set apart for few-shot examples")
+    items = []
+    for number, (context, choices, label) in enumerate(rows[:-pool][:limit]):
+        examples = random.Random(f"{seed} {number}").sample(rows[-pool:], shots)
+        context = "".join(c + "".join(some[right]) + "\n\n" for c, some, right in examples) + context
+        prompt = tokenizer.encode(context)
+        answers = []
+        for lead, scored in choices:  # encoded with its context, so that a word is cut as it would be in the text
+            start = len(tokenizer.encode(context + lead)) - len(prompt)
+            answers.append(Answer(tokenizer.encode(context + lead + scored)[len(prompt):], start, len(scored.strip().encode())))
+            need(0 <= start < len(answers[-1].tokens), f"{path}, row {number + 1}: a choice has no text")
+        items.append(Item(prompt, answers, label))
+    return items
+
+
+def text_items(tokenizer, path, prompt, response, limit):
+    """Windows of the running text of all rows: `prompt` tokens to read, the next `response` to predict."""
+    ids = []
+    for row in read_rows(path, fields=("text",)):
+        ids += tokenizer.encode(row["text"] if row["text"].endswith("\n") else row["text"] + "\n", bos=False)
+        if len(ids) >= limit * (prompt + response):
+            break
+    windows = [ids[i:i + prompt + response] for i in range(0, len(ids) - prompt - response + 1, prompt + response)][:limit]
+    need(windows, f"{path}: its text has {len(ids)} tokens, one window needs {prompt + response}")
+    return [Item(w[:prompt], [Answer(w[prompt:], 0, 1)], 0) for w in windows]
+
+
+def long_items(tokenizer, path, args, template):
+    """Question answering and summaries over long contexts; a context that is too long loses its middle, as LongBench does it."""
+    found = []
+    rows = read_rows(path, fields=())
+    if "response" in rows[0]:
+        rows = [{"input": r["instruction"], "context": r["context"], "answers": [r["response"]]} for r in read_rows(path, "heldout") if r.get("context")]
+    if "queries" in rows[0]:
+        rows = [{"input": q["query"], "context": r["transcript"], "answers": [q["answer"]]} for r in rows for q in r["queries"]]
+    for number, row in enumerate(rows, start=1):
+        need(isinstance(row.get("context"), str) and isinstance(row.get("input"), str) and isinstance(row.get("answers"), list) and row["answers"]
+             and all(isinstance(a, str) and a for a in row["answers"]), f"{path}, row {number}: expected text in context and input, and a list of answers")
+        text = {"instruction": row["input"] or "Summarise the following text in a few sentences.", "context": row["context"], "response": row["answers"][0]}
+        ids = tokenizer.encode(text["context"], bos=False)
+        room = args.max_prompt - len(tokenizer.encode(prompt_text({**text, "context": ""}, template))) - 16
+        need(room > 0, f"{path}, row {number}: the question alone is longer than --max-prompt")
+        if len(ids) > room:
+            text["context"] = tokenizer.decode(ids[:room // 2]) + "\n...\n" + tokenizer.decode(ids[-(room // 2):])
+        example = encode_row(tokenizer, text, template, args.max_response, args.question)
+        prompt, response = example.tokens[:example.prompt_len].tolist(), example.tokens[example.prompt_len:].tolist()
+        if args.min_prompt <= len(prompt) and response:
+            found.append(Item(prompt, [Answer(response, 0, 1)], 0, tuple(row["answers"])))
+            if len(found) == args.limit:
+                break
+    need(found, f"{path}: no row with a prompt of at least {args.min_prompt} tokens")
+    return found
+
+
+def words(text):
+    """Lower case, without punctuation and articles, as SQuAD compares answers."""
+    return [w for w in re.sub(f"[{re.escape(string.punctuation)}]", "", text.lower()).split() if w not in ("a", "an", "the")]
+
+
+def f1(said, right):
+    """Overlap of two bags of words."""
+    a, b = words(said), words(right)
+    same = sum((Counter(a) & Counter(b)).values())
+    return 2 * same / (len(a) + len(b)) if same else 0.0
+
+
+def rouge_l(said, right):
+    """F measure of the longest common subsequence of words."""
+    a, b = words(said), words(right)
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = 0
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def compress(model, tokens, schedule, scorer):
+    """Prompt compression (what LLMLingua does, with our scores): tokens (1, N) -> (1, k), k = the schedule's mean tokens per block.
+
+    Every stage scores the whole prompt in an unpruned pass; the tokens of lowest mean rank leave the text.
+    """
+    N = tokens.shape[1]
+    counts = schedule.counts(N, len(model.blocks))
+    trace = prefill(model, tokens, dataclasses.replace(schedule, keep=1.0), scorer)[2]
+    rank = sum(stage.score.argsort(1).argsort(1) for stage in trace).float()
+    return tokens.gather(1, select(rank, positions(tokens), round(sum(counts) / len(counts)), N, schedule.sink, schedule.local))
+
+
+@torch.no_grad()
+def read_answers(model, tokens, answers, schedule=None, scorer=None, h2o=None):
+    """Log-likelihood of several answers after one (pruned) prompt: tokens (1, N) -> [[log-likelihood, tokens, greedy]], seconds of prefill.
+
+    The caches are the prompt's again before every answer. Under H2O an answer is read token by token, as decode would.
+    """
+    start, N = time.perf_counter(), tokens.shape[1]
+    first, caches, _ = prefill(model, tokens, schedule, scorer, max(len(a.tokens) for a in answers), h2o)
+    first.argmax().item()           # a device may still be at work
+    seconds, held, found = time.perf_counter() - start, [cache.n for cache in caches], []
+    for answer in answers:
+        ids = torch.tensor([answer.tokens], device=tokens.device)
+        used = copy.deepcopy(caches) if h2o else caches
+        pieces = [ids[:, i:i + 1] for i in range(ids.shape[1] - 1)] if h2o else [ids[:, :-1]] if ids.shape[1] > 1 else []
+        logits, at = [first[:, None]], N
+        for piece in pieces:
+            logits.append(extend(model, piece, at, used, h2o))
+            at += piece.shape[1]
+        logits = torch.cat(logits, 1)[0, answer.start:].log_softmax(-1)                          # (n, V)
+        counted = ids[0, answer.start:]
+        found.append([logits.gather(1, counted[:, None]).sum().item(), len(counted), bool((logits.argmax(-1) == counted).all())])
+        for cache, n in zip(caches, held):
+            cache.n = n
+    return found, seconds
+
+
+def parse_arm(arm, stages, share):
+    """An arm's name -> scorer's name, stages, H2O or None."""
+    match = re.fullmatch(r"([a-z_0-9:]+?)(?:@(\d+))?(\+h2o|\+local)?", arm)
+    names = ("full", "compress", *SCORERS, *(f"oracle:{r}" for r in REDUCE))
+    need(match and match[1] in names, f"unknown scorer {arm!r}; there are {', '.join(names)}, each with @STAGES and +h2o or +local after it")
+    return match[1], min(stages, int(match[2] or stages)), {None: None, "+h2o": H2O(share), "+local": H2O(share, 0.0)}[match[3]]
+
+
+def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new=0, tokenizer=None, rouge=False):
+    """One row of data under every arm -> {arm: {"answers": see read_answers, "keep", "prefill_s", ...}}."""
+    tokens, found, oracle = torch.tensor([item.prompt], device=model.device), {}, {}
+    gold, L = torch.tensor([item.answers[item.gold].tokens], device=model.device), len(model.blocks)
+    for arm in arms:
+        name, stages, h2o = parse_arm(arm, schedule.stages, share)
+        used, scorer, text, begin = dataclasses.replace(schedule, stages=stages), None, tokens, None
+        if name == "full":
+            used = None
+        elif name.startswith("oracle:"):
+            reduce = name.removeprefix("oracle:")
+            if reduce not in oracle:
+                oracle[reduce] = saliency(model, torch.cat((tokens, gold), 1), tokens.shape[1], schedule.after(L), reduce)
+            scorer = oracle_scorer(oracle[reduce])
+        elif name == "compress":
+            begin = time.perf_counter()
+            text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed, prior)), None
+        else:
+            scorer = make_scorer(name, model, used, predictors, seed, prior)
+        spent = time.perf_counter() - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
+        answers, seconds = read_answers(model, text, item.answers, used, scorer, h2o)
+        counts = used.counts(text.shape[1], L) if used else [text.shape[1]] * L
+        found[arm] = {"answers": answers, "keep": sum(counts) / L / tokens.shape[1], "prefill_s": spent + seconds}
+        if new:
+            run = generate(model, text, new, used, scorer, h2o, eos=())
+            ends = [i for i, t in enumerate(run.tokens) if t in model.config.eos]
+            said = tokenizer.decode(run.tokens[:ends[0]] if ends else run.tokens)
+            found[arm] |= {"said": said, "score": max((rouge_l if rouge else f1)(said, right) for right in item.texts),
+                           "prefill_s": spent + run.prefill_s, "e2e_s": spent + run.prefill_s + run.decode_s * (new - 1)}
+    return found
+
+
+def measure_rows(model, items, log, run, arms, *rest, **options):
+    """`measure` for every item; each row is appended to the file `log` at once, and rows found there are not measured again."""
+    done = []
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8").split("\n")
+        need(lines[0] == run, f"{log}: these rows belong to another command; give --log another file")
+        done = [json.loads(line) for line in lines[1:-1]]            # what follows the last newline was cut off by a kill
+        with log.open("r+b") as f:
+            f.truncate(len("\n".join(lines[:-1]).encode()) + 1)
+        print(f"{len(done)} rows are in {log} already")
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(run + "\n", encoding="utf-8")
+    start, had = time.time(), len(done)
+    with log.open("a", encoding="utf-8") as f:
+        for row in range(had, len(items)):
+            if row == had:          # a warm-up, thrown away, because rows are also timed
+                measure(model, items[row], arms[:2], *rest, row, **options)
+            done.append(measure(model, items[row], arms, *rest, row, **options))
+            f.write(json.dumps(done[-1]) + "\n")
+            f.flush()
+            left = (time.time() - start) / (row + 1 - had) * (len(items) - row - 1)
+            print(f"\r{row + 1}/{len(items)} rows, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return done
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def ratio(sums, lengths):
+    """Sum over sum, and its standard error (ratio estimator, rows independent): mean NLL per token, say."""
     total, n = sum(lengths), len(sums)
     mean = sum(sums) / total
-    return mean, (sum((s - mean * k) ** 2 for s, k in zip(sums, lengths)) * n / max(1, n - 1)) ** 0.5 / total
+    return mean, (sum((s - mean * k) ** 2 for s, k in zip(sums, lengths)) * n / max(1, n - 1)) ** 0.5 / abs(total)
+
+
+def metrics(done, arm, task, items):
+    """One arm's metrics: {name: (one value a row, weight of each row)}; the metric is the ratio of their sums."""
+    answers, one = [row[arm]["answers"] for row in done], [1.0] * len(done)
+    first = [a[0] for a in answers]
+    if task in CHOICE:
+        gold = [item.gold for item in items]
+        best = [max(range(len(a)), key=lambda i: a[i][0]) for a in answers]
+        norm = [max(range(len(a)), key=lambda i: a[i][0] / max(1, item.answers[i].bytes)) for a, item in zip(answers, items)]
+        return {"acc": ([float(b == g) for b, g in zip(best, gold)], one), "acc_norm": ([float(b == g) for b, g in zip(norm, gold)], one)}
+    nll = ([-a[0] for a in first], [a[1] for a in first])
+    if task == "lambada":
+        return {"acc": ([float(a[2]) for a in first], one), "nll": nll}
+    if task == "long":
+        score = ([row[arm]["score"] for row in done], one)
+        return {"score": score, "nll": nll, **{f"{part}_speedup": ([row["full"][f"{part}_s"] for row in done], [row[arm][f"{part}_s"] for row in done]) for part in ("prefill", "e2e") if "full" in done[0]}}
+    return {"nll": nll}
+
+
+def table(done, arms, task, items, rouge):
+    """Rows of the result, one an arm and metric, and the same as text. `vs_full` is the paired difference from the full model."""
+    rows, found = [], {arm: metrics(done, arm, task, items) for arm in arms}
+    for metric in found[arms[0]]:
+        for arm in arms:
+            values, weights = found[arm][metric]
+            value, error = ratio(values, weights)
+            name = {"score": "rouge_l" if rouge else "f1"}.get(metric, metric)
+            row = {"scorer": arm, "metric": name, "value": value, "stderr": error, "n": len(done), "mean_keep": sum(r[arm]["keep"] for r in done) / len(done)}
+            if "full" in arms and arm != "full" and not metric.endswith("speedup"):
+                full = found["full"][metric][0]
+                row["vs_full"], row["vs_full_stderr"] = ratio([v - f for v, f in zip(values, full)], weights)
+                if metric == "nll" and "random" in arms and arm != "random" and sum(found["random"][metric][0]) != sum(full):
+                    floor = found["random"][metric][0]
+                    row["share_of_gap"], row["share_stderr"] = ratio([r - v for r, v in zip(floor, values)], [r - f for r, f in zip(floor, full)])
+            rows.append(row)
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        these = [row for row in rows if row["metric"] == metric]
+        print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap")
+        for row in sorted(these, key=lambda r: r["value"], reverse=metric != "nll"):
+            print(f"{row['scorer']:18} {row['value']:14.3f} +- {row['stderr']:.3f}  {row['mean_keep']:7.1%}"
+                  + (f"   {row['vs_full']:+.3f} +- {row['vs_full_stderr']:.3f}" if "vs_full" in row else 20 * " ")
+                  + (f"   {row['share_of_gap']:8.1%} +- {row['share_stderr']:.1%}" if "share_of_gap" in row else ""))
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=100)
-    parser.add_argument("--task", choices=("nll",), default="nll", help="nll: response likelihood")
-    names = ("full", *SCORERS, *(f"oracle:{r}" for r in REDUCE))
-    parser.add_argument("--scorers", nargs="+", choices=names, help="default: all (the oracles need the answer: ceilings, no methods)")
+    parser.add_argument("--task", choices=("nll", "text", *CHOICE, "lambada", "long"), default="nll", help="see above")
+    parser.add_argument("--scorers", nargs="+", help="see above; default: those that suit the task")
+    parser.add_argument("--shots", type=at_least(0), default=0, help="few-shot examples before a multiple-choice or LAMBADA prompt")
+    parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE", help="what +h2o and +local keep of every KV cache")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64, help="task long: tokens generated in every arm (the text ends at eos)")
+    parser.add_argument("--rouge", action="store_true", help="task long: ROUGE-L instead of F1 (for summaries)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
+    parser.add_argument("--log", help="JSONL of the rows measured so far (default: a file under out/eval/ named after the command)")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
     model, schedule, predictors, metadata = load_pruning(args)
-    prior = metadata.get("prior", 0.0)
-    names = args.scorers or [name for name in names if not (name == "predictor" and predictors is None or name == "module" and not prior)]
-    rows = rows_from(args, tokenizer, "heldout", metadata.get("template"))
-    L = len(model.blocks)
-    keep = sum(sum(schedule.counts(e.prompt_len, L)) / e.prompt_len / L for e in rows) / len(rows)
-    print(f"{args.ckpt}: {len(rows)} held-out rows, prompts of {min(e.prompt_len for e in rows)} to {max(e.prompt_len for e in rows)} tokens, stages after blocks {schedule.after(L)},"
-          f" keep {schedule.keep}: {1 - schedule.keep ** len(schedule.after(L)):.0%} dropped by the last stage, {keep:.0%} kept on average over blocks")
-    start = time.time()
-    sums, lengths = nll_rows(model, rows, schedule, predictors, names, prior)
-    means = {name: per_token(values, lengths) for name, values in sums.items()}
-    table = []
-    print(f"\n{'scorer':16}  NLL per token       share of gap")
-    for name in sorted(names, key=lambda k: means[k][0]):
-        value, error = means[name]
-        row = {"scorer": name, "metric": "nll", "value": value, "stderr": error, "n": len(rows), "mean_keep": 1.0 if name == "full" else keep}
-        if "full" in means and "random" in means and name not in ("full", "random") and sum(sums["random"]) != sum(sums["full"]):
-            gap = [r - f for r, f in zip(sums["random"], sums["full"])]
-            won = [r - s for r, s in zip(sums["random"], sums[name])]
-            row["share_of_gap"], row["share_stderr"] = per_token(won, gap)           # the same ratio estimator, paired by row
-        print(f"{name:16} {value:6.3f} +- {error:.3f}  " + (f"{row['share_of_gap']:12.1%} +- {row['share_stderr']:.1%}" if "share_of_gap" in row else ""))
-        table.append(row)
+    trained = () if predictors is None else ("predictor", "module") if metadata.get("prior") else ("predictor",)
+    default = {"nll": (*(n for n in SCORERS if n not in ("predictor", "module")), *(f"oracle:{r}" for r in REDUCE)),
+               "text": ("random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"), "long": ("compress", "random", "recent")}
+    arms = args.scorers or ["full", *trained, *(a for a in default.get(args.task, ("random", "recent", "attention")) if trained or a != "compress")]
+    for arm in arms:
+        parse_arm(arm, 1, args.h2o)
+    template = args.template or metadata.get("template", "plain")
+    need(args.task == "nll" or args.data, f"--task {args.task} needs --data")
+    if args.task == "nll":
+        items = [Item(e.tokens[:e.prompt_len].tolist(), [Answer(e.tokens[e.prompt_len:].tolist(), 0, 1)], 0) for e in rows_from(args, tokenizer, "heldout", template)]
+    elif args.task == "text":
+        items = text_items(tokenizer, args.data, args.max_prompt, args.max_response, args.limit)
+    elif args.task == "long":
+        items = long_items(tokenizer, args.data, args, template)
+    else:
+        items = choice_items(tokenizer, args.data, args.task, args.limit, args.shots, args.seed)
+    lengths = [len(item.prompt) for item in items]
+    print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to {max(lengths)} tokens, stages after blocks {schedule.after(len(model.blocks))},"
+          f" keep {schedule.keep}: {1 - schedule.keep ** len(schedule.after(len(model.blocks))):.0%} dropped by the last stage", flush=True)
+    start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("log", "json", "limit")}
+    made = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in predictors.parameters())).hexdigest() if predictors is not None else ""
+    run = json.dumps([options, arms, schedule.__dict__, metadata.get("prior", 0.0), made])   # a --limit may grow: rows keep their numbers
+    log = Path(args.log or Path("out", "eval", f"{args.task}-{hashlib.sha256(run.encode()).hexdigest()[:12]}.jsonl"))
+    done = measure_rows(model, items, log, run, arms, schedule, predictors, metadata.get("prior", 0.0), share=args.h2o,
+                        new=args.max_new_tokens if args.task == "long" else 0, tokenizer=tokenizer, rouge=args.rouge)
+    rows = table(done[:len(items)], arms, args.task, items, args.rouge)
     if args.json:
-        print(json.dumps({**provenance(model), "ckpt": args.ckpt, "seconds": time.time() - start, "schedule": schedule.__dict__,
-                          "response_tokens": sum(lengths), "rows": table}))
+        print(json.dumps({**provenance(model), "ckpt": args.ckpt, "task": args.task, "data": args.data and Path(args.data).name, "seconds": time.time() - start,
+                          "schedule": schedule.__dict__, "prompt_tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)], "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from torch import nn
 from common import TEMPLATES, at_least, cli, hardware, prompt_text, provenance, read_rows
 from model import DTYPES, Tokenizer, find, load, need
 from predictor import Predictor, load_predictors
-from prune import SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
+from prune import H2O, SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
 
 
 class Generation(NamedTuple):
     tokens: list                    # the new token ids
     trace: list                     # prune.Stage of every stage
-    counts: list                    # prompt tokens held by each block
+    counts: list                    # prompt tokens that entered each block
     prefill_s: float                # until the first new token is known
     decode_s: float                 # per further token
     kv_bytes: int                   # all caches at the end
@@ -45,17 +45,18 @@ def clock(device):
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, temperature=0.0, eos=None, generator=None):
+def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None, temperature=0.0, eos=None, generator=None):
     """Prefill (pruned where a schedule and a scorer are given), then decode: tokens (1, N) -> Generation.
 
-    eos: token ids that end the text (default: the model's; () to go on to max_new_tokens). temperature 0 is greedy.
+    h2o: a prune.H2O, or the share of the KV cache it keeps (0.4 in Table 6), to compress the caches, pruned or not. eos: token ids that end the text (default: the model's; () to go on to max_new_tokens). temperature 0 is greedy.
     """
     need(max_new_tokens > 0, "max_new_tokens must be at least 1")
     need(0 <= temperature < float("inf"), f"temperature {temperature}: expected 0 (greedy) or more")
+    h2o = H2O(h2o) if isinstance(h2o, float) else h2o
     N, eos, new = tokens.shape[1], model.config.eos if eos is None else eos, []
     start = clock(model.device)
-    logits, caches, trace = prefill(model, tokens, schedule, scorer, room=max_new_tokens)
-    counts = [cache.n for cache in caches]
+    logits, caches, trace = prefill(model, tokens, schedule, scorer, max_new_tokens, h2o)
+    counts = schedule.counts(N, len(caches)) if schedule else [N] * len(caches)
 
     def choose(logits):             # (1, V) -> (1, 1)
         if temperature == 0:
@@ -66,7 +67,7 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, temperat
     new.append(token.item())
     first = clock(model.device)
     while len(new) < max_new_tokens and new[-1] not in eos:
-        token = choose(extend(model, token, N + len(new) - 1, caches)[:, -1])
+        token = choose(extend(model, token, N + len(new) - 1, caches, h2o)[:, -1])
         new.append(token.item())
     decode_s = (clock(model.device) - first) / max(1, len(new) - 1)
     return Generation(new, trace, counts, first - start, decode_s, sum(cache.bytes for cache in caches))
@@ -220,6 +221,7 @@ def main():
     parser.add_argument("--row", type=at_least(0), default=0, help="which held-out row of --data")
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: the predictors', else plain)")
     parser.add_argument("--max-new-tokens", type=at_least(1), help="default: 48; with --bench 128")
+    parser.add_argument("--h2o", type=float, metavar="SHARE", help="compress both arms' KV caches to this share by H2O (Table 6: 0.4)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--html", metavar="FILE", help="write the survivors as a self-contained page")
     parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N", help="print Table 2's rows for these prompt lengths")
@@ -263,7 +265,7 @@ def side_by_side(args, model, schedule, scorer, metadata):
     runs, times = {}, {arm: [] for arm in arms}
     for i in range(5):              # a warm-up of both arms, then four timed prefills in turn, the last with its text
         for name, arm in arms.items():
-            runs[name] = generate(model, tokens, (args.max_new_tokens or 48) if i == 4 else 2, *arm, temperature=args.temperature)
+            runs[name] = generate(model, tokens, (args.max_new_tokens or 48) if i == 4 else 2, *arm, args.h2o, args.temperature)
             times[name] += [runs[name].prefill_s] * (i > 0)
     runs = {name: run._replace(prefill_s=statistics.median(times[name])) for name, run in runs.items()}
     trace = runs["sdtp"].trace

@@ -119,6 +119,8 @@ class KVCache:
         self.v = torch.empty_like(self.k)
         self.pos = torch.empty(batch, capacity, device=device, dtype=torch.long)
         self.n = 0                  # tokens held; setting it back forgets the newest
+        self.entered = 0            # tokens that came in, evicted ones too, and the attention that each key held has
+        self.weight = None          # received, (B, G, n): kept by H2O alone (prune.evict)
 
     def append(self, k, v, pos):
         """Add k, v (B, G, n, d) and pos (B, n); return all that is held: (B, G, self.n, d) twice and (B, self.n)."""
@@ -128,6 +130,17 @@ class KVCache:
         self.k[:, :, self.n:end], self.v[:, :, self.n:end], self.pos[:, self.n:end] = k, v, pos
         self.n = end
         return self.k[:, :, :end], self.v[:, :, :end], self.pos[:, :end]
+
+    def keep(self, index):
+        """Keep the places at index (B, G, k), increasing, another choice per head; one more is free after them. The
+        positions, the same for all heads, are no longer true then: from now on only one token at a time may come."""
+        more = index[..., None].expand(-1, -1, -1, self.k.shape[3])
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_empty(*index.shape[:2], index.shape[2] + 1, old.shape[3])
+            new[:, :, :-1] = old.gather(2, more)
+            setattr(self, name, new)
+        self.n = index.shape[2]
 
     @property
     def bytes(self):

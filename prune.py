@@ -96,17 +96,52 @@ def drop(x, pos, index):
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])), pos.gather(1, index)
 
 
+class H2O(NamedTuple):
+    """Heavy-Hitter Oracle (arXiv 2306.14048; Table 6): every KV head of every block keeps only some of its keys and values."""
+    share: float = 0.4              # of the tokens that have entered the block so far
+    heavy: float = 0.5              # the part of those chosen by attention received; the others are the latest (0: local only)
+
+
+def evict(block, x, rope, cache, h2o):
+    """Compress a block's cache: x (B, n, D) is what just entered the block, its keys are the newest n of the cache.
+
+    A key's weight is the attention it has received, summed over all queries so far and over the query heads of its KV
+    head. After a prompt and after every decoded token the heaviest and the latest keys stay. O(256 n) memory.
+    """
+    q, n, m = block.qkv(x, rope)[0], x.shape[1], cache.n
+    need(rope.window is None, "H2O is not supported together with a sliding window shorter than the prompt")
+    q = q.unflatten(1, (cache.k.shape[1], -1))                       # (B, G, H/G, n, d)
+    weight = torch.zeros(*cache.k.shape[:2], m, device=x.device)     # (B, G, m)
+    if cache.weight is not None:
+        weight[..., :m - n] = cache.weight
+    k = cache.k[:, :, None, :m].transpose(-1, -2)                    # (B, G, 1, d, m)
+    for i in range(0, n, 256):
+        last = torch.arange(m - n + i, m - n + min(n, i + 256), device=x.device)  # the newest key that each query sees
+        a = (q[..., i:i + 256, :] @ k).float() / math.sqrt(q.shape[-1])
+        weight += a.masked_fill(torch.arange(m, device=x.device) > last[:, None], -math.inf).softmax(-1).sum((2, 3))
+    cache.entered += n
+    budget = min(m, max(1, math.ceil(h2o.share * cache.entered - 1e-9)))
+    if h2o.share < 1:
+        latest = torch.arange(m, device=x.device) >= m - (budget - int(h2o.heavy * budget))
+        index = weight.masked_fill(latest, math.inf).topk(budget).indices.sort(-1).values        # (B, G, budget)
+        cache.keep(index)
+        weight = weight.gather(2, index)
+    cache.weight = weight
+
+
 @torch.no_grad()
-def prefill(model, tokens, schedule=None, scorer=None, room=0):
+def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None):
     """Read the prompt, dropping tokens stage by stage; without a schedule nothing is dropped and it is the ordinary prefill.
 
-    tokens (B, N). scorer(stage, x, pos) -> (B, n), see below. room: free places in every cache for tokens to come.
+    tokens (B, N). scorer(stage, x, pos) -> (B, n), see below. room: free places in every cache for tokens to come. With
+    an H2O, each cache is compressed once its block has read the prompt.
     Returns the last position's logits (B, V), L caches (block l holds exactly the tokens that entered it) and the trace,
     a list of Stage. Raises ValueError for an empty prompt or one beyond the model's positions.
     """
     B, N = tokens.shape
     L = len(model.blocks)
     need(N > 0, "the prompt is empty")
+    need(not h2o or 0 < h2o.share <= 1 and 0 <= h2o.heavy <= 1, f"{h2o}: both are shares")
     counts = schedule.counts(N, L) if schedule else [N] * L
     after = schedule.after(L) if schedule else []
     need(scorer or not after, "a schedule needs a scorer")
@@ -116,7 +151,9 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0):
     rope = model.rope(pos, N)
     x = model.embed(tokens)                                          # (B, N, D)
     for i, block in enumerate(model.blocks, start=1):
-        x = block(x, rope, caches[i - 1])                            # (B, n, D)
+        entered, x = x, block(x, rope, caches[i - 1])                # (B, n, D)
+        if h2o:
+            evict(block, entered, rope, caches[i - 1], h2o)
         if i in after:
             scores = scorer(len(trace), x, pos)                      # (B, n)
             index = select(scores, pos, counts[i], N, schedule.sink, schedule.local)
@@ -128,22 +165,26 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0):
 
 
 @torch.no_grad()
-def extend(model, tokens, start, caches):
+def extend(model, tokens, start, caches, h2o=None):
     """Decode: tokens (B, n) at positions start, start + 1, ... on top of the caches, which grow. -> logits (B, n, V).
 
-    Positions go on at the prompt's original length, and each block attends to what its own cache holds.
+    Positions go on at the prompt's original length, and each block attends to what its own cache holds. Under H2O one
+    token comes at a time, because every one may evict another.
     """
+    need(not h2o or tokens.shape[1] == 1, "H2O decodes one token at a time")
     rope = model.rope(start + positions(tokens), start + tokens.shape[1])
     x = model.embed(tokens)
     for block, cache in zip(model.blocks, caches):
-        x = block(x, rope, cache)
+        entered, x = x, block(x, rope, cache)
+        if h2o:
+            evict(block, entered, rope, cache, h2o)
     return model.logits(x)
 
 
 def nll(model, tokens, prompt_len, schedule=None, scorer=None):
     """Negative log-likelihood of each response token after the (pruned) prompt: tokens (B, N) -> (B, N - prompt_len).
 
-    The prompt is pruned; the response is read on its caches, as decode would, in one pass.
+    The prompt is pruned; the response is read on its caches in one pass, which equals decode.
     """
     logits, caches, _ = prefill(model, tokens[:, :prompt_len], schedule, scorer, room=tokens.shape[1] - prompt_len)
     rest = extend(model, tokens[:, prompt_len:-1], prompt_len, caches) if tokens.shape[1] - prompt_len > 1 else logits[:, None][:, :0]

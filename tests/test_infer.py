@@ -1,5 +1,6 @@
 """Generation, the pictures, the benchmark's JSON and the command lines, on the tiny model and the committed toy."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -7,9 +8,8 @@ import sys
 import pytest
 import torch
 
-import eval as evaluation
 import infer
-from common import Example, examples
+from common import examples
 from conftest import ROOT, tiny_model
 from model import Tokenizer, load
 from prune import Schedule, make_scorer, prefill, random_scorer
@@ -86,15 +86,15 @@ def test_bench_times_both_arms(tiny):
     assert rows[0]["sdtp"]["kv_bytes"] < rows[0]["full"]["kv_bytes"] and 1 < rows[0]["ideal"] < 3
 
 
-def test_nll_rows_and_share_of_gap(tiny, tokens):
-    rows = [Example(tokens[i], 48) for i in range(2)]
-    sums, lengths = evaluation.nll_rows(tiny, rows, SCHEDULE, None, ["full", "random", "oracle:norm_g"], progress=False)
-    assert lengths == [12, 12] and all(len(v) == 2 for v in sums.values())
-    logp = tiny(tokens)[:, 47:-1].log_softmax(-1).gather(2, tokens[:, 48:, None])[..., 0]
-    assert sums["full"] == pytest.approx((-logp.sum(1)).tolist(), abs=1e-3)
-    mean, error = evaluation.per_token([2.0, 6.0], [1, 3])
-    assert mean == 2.0 and error == 0.0
-    assert evaluation.per_token([1.0, 3.0], [1, 1]) == (2.0, 1.0)
+def test_h2o_that_keeps_everything_changes_nothing(tiny, tokens):
+    for arm in ((None, None), (SCHEDULE, random_scorer(1))):
+        plain = infer.generate(tiny, tokens[:1], 8, SCHEDULE if arm[0] else None, random_scorer(1) if arm[0] else None)
+        kept = infer.generate(tiny, tokens[:1], 8, SCHEDULE if arm[0] else None, random_scorer(1) if arm[0] else None, h2o=1.0)
+        assert plain.tokens == kept.tokens and plain.kv_bytes == kept.kv_bytes
+    small = infer.generate(tiny, tokens[:1], 8, SCHEDULE, random_scorer(1), h2o=0.4)
+    assert small.kv_bytes == sum(math.ceil(0.4 * (n + 7) - 1e-9) for n in small.counts) * 2 * 24 * 4
+    with pytest.raises(ValueError, match="both are shares"):
+        infer.generate(tiny, tokens[:1], 8, h2o=1.5)
 
 
 # ----------------------------------------------------------------------------------------------------------- the toy

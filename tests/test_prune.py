@@ -8,7 +8,7 @@ from torch import nn
 from conftest import tiny_model
 from model import SHAPES, positions
 from predictor import Predictor, score
-from prune import (SCORERS, Schedule, attention_scorer, drop, extend, flops, kv_bytes, local_tokens, make_scorer, nll, oracle_scorer,
+from prune import (H2O, SCORERS, Schedule, attention_scorer, drop, extend, flops, kv_bytes, local_tokens, make_scorer, nll, norm_scorer, oracle_scorer,
                    predictor_scorer, prefill, random_scorer, select)
 from saliency import saliency
 from train import masked_pass
@@ -154,6 +154,67 @@ def test_ragged_decode_equals_masked_recompute(tokens, window, chunk):
         keep[:, 48:] = 1
         x = block(x, rope, keep=keep)
     assert torch.allclose(decoded, model.logits(x)[:, 48:], atol=2e-4)
+
+
+@pytest.mark.parametrize("heavy", [0.5, 0.0])
+def test_h2o_equals_a_slow_specification(tiny, tokens, heavy):
+    """Every block and KV head keeps a dictionary of its keys; each new token attends to it in plain loops."""
+    schedule, h2o, prompt = Schedule(1, 1, 4, 0.8), H2O(0.4, heavy), tokens[:1, :48]
+    logits, caches, trace = prefill(tiny, prompt, schedule, norm_scorer(), 12, h2o)
+    kept = {stage.block: stage.kept for stage in trace}
+    G, group, d = 2, 2, 12
+
+    def attend(store, q, k, v, position):
+        """One token of one KV head: remember its key, attend, add what each key received -> outputs of the head's queries."""
+        store[position] = [k, v, 0.0]
+        outputs = []
+        for one in q:
+            e = {p: math.exp((one @ entry[0]).item() / math.sqrt(d)) for p, entry in store.items()}
+            for p in store:
+                store[p][2] += e[p] / sum(e.values())
+            outputs.append(sum(e[p] / sum(e.values()) * store[p][1] for p in store))
+        return torch.stack(outputs)
+
+    def shrink(store, entered):
+        budget = math.ceil(0.4 * entered - 1e-9)
+        order = sorted(store)
+        latest = order[len(order) - (budget - int(heavy * budget)):] if budget < len(order) else order
+        others = sorted((p for p in order if p not in latest), key=lambda p: -store[p][2])
+        for p in others[budget - len(latest):]:
+            del store[p]
+
+    stores, entered, pos, x = [], [], positions(prompt), tiny.embed(prompt)
+    for i, block in enumerate(tiny.blocks, start=1):                 # the prompt, token by token
+        q, k, v = block.qkv(x, tiny.rope(pos, 48))
+        heads = [{} for _ in range(G)]
+        y = torch.cat([torch.cat([attend(heads[g], q[0, g * group:(g + 1) * group, t], k[0, g, t], v[0, g, t], p) for g in range(G)])[None, :, None]
+                       for t, p in enumerate(pos[0].tolist())], 2)   # (1, H, n, d)
+        stores.append(heads)
+        entered.append(pos.shape[1])
+        for store in heads:
+            shrink(store, entered[-1])
+        x = block.mix(x, y)
+        if i in kept:
+            index = torch.searchsorted(pos, kept[i])
+            x, pos = drop(x, pos, index)
+    assert torch.allclose(tiny.logits(x[:, -1:])[:, 0], logits, atol=1e-4)
+    for step in range(8):
+        token = tokens[:1, 48 + step:49 + step]
+        found = extend(tiny, token, 48 + step, caches, h2o)
+        x, pos = tiny.embed(token), torch.tensor([[48 + step]])
+        for block, heads, i in zip(tiny.blocks, stores, range(6)):
+            q, k, v = block.qkv(x, tiny.rope(pos, 49 + step))
+            y = torch.cat([attend(heads[g], q[0, g * group:(g + 1) * group, 0], k[0, g, 0], v[0, g, 0], 48 + step) for g in range(G)])[None, :, None]
+            entered[i] += 1
+            for store in heads:
+                shrink(store, entered[i])
+            x = block.mix(x, y)
+        assert torch.allclose(tiny.logits(x), found, atol=1e-4)
+        for cache, heads in zip(caches, stores):
+            held = torch.stack([torch.stack([store[p][0] for p in sorted(store)]) for store in heads])
+            assert torch.allclose(cache.k[0, :, :cache.n], held, atol=1e-4)
+    with pytest.raises(ValueError, match="one token at a time"):
+        extend(tiny, tokens[:1, :2], 60, caches, h2o)
 
 
 def test_survivors_are_the_top_scored_and_stay_dropped(tiny, tokens):
