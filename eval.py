@@ -18,7 +18,7 @@ tasks: nll     likelihood of the response of Dolly rows {instruction, context, r
        lambada the last word of {text}: is it the model's own choice?
        long    rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or Dolly's: F1 or ROUGE-L of the
                generated answer, its likelihood, and Table 1's times
-scorers: full; predictor (with its prior, if it has one), module (without), random, recent, earliest, norm, attention,
+scorers: full; predictor (with its context, if it was calibrated), module (without), random, recent, earliest, norm, attention,
        attention16; oracle:norm_gx and so on (they need the answer: ceilings, no methods); compress (the predictors' scores,
        but the tokens leave the text before block 1). Each may be followed by @S (only the first S stages; the paper's
        SDTP-low) and by +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency alone).
@@ -224,7 +224,7 @@ def parse_arm(arm, stages, share):
     return match[1], min(stages, int(match[2] or stages)), {None: None, "+h2o": H2O(share), "+local": H2O(share, 0.0)}[match[3]]
 
 
-def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new=0, tokenizer=None, rouge=False):
+def measure(model, item, arms, schedule, predictors, context, seed, share=0.4, new=0, tokenizer=None, rouge=False):
     """One row of data under every arm -> {arm: {"answers": see read_answers, "keep", "prefill_s", ...}}."""
     tokens, found, oracle = torch.tensor([item.prompt], device=model.device), {}, {}
     gold, L = torch.tensor([item.answers[item.gold].tokens], device=model.device), len(model.blocks)
@@ -240,9 +240,9 @@ def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new
             scorer = oracle_scorer(oracle[reduce])
         elif name == "compress":
             begin = time.perf_counter()
-            text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed, prior)), None
+            text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed, context)), None
         else:
-            scorer = make_scorer(name, model, used, predictors, seed, prior)
+            scorer = make_scorer(name, model, used, predictors, seed, context)
         spent = time.perf_counter() - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
         answers, seconds = read_answers(model, text, item.answers, used, scorer, h2o)
         counts = used.counts(text.shape[1], L) if used else [text.shape[1]] * L
@@ -353,7 +353,7 @@ def main():
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
     model, schedule, predictors, metadata = load_pruning(args)
-    trained = () if predictors is None else ("predictor", "module") if metadata.get("prior") else ("predictor",)
+    trained = () if predictors is None else ("predictor", "module") if metadata.get("context") else ("predictor",)
     default = {"nll": (*(n for n in SCORERS if n not in ("predictor", "module")), *(f"oracle:{r}" for r in REDUCE)),
                "text": ("random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"), "long": ("compress", "random", "recent")}
     arms = args.scorers or ["full", *trained, *(a for a in default.get(args.task, ("random", "recent", "attention")) if trained or a != "compress")]
@@ -374,9 +374,9 @@ def main():
           f" keep {schedule.keep}: {1 - schedule.keep ** len(schedule.after(len(model.blocks))):.0%} dropped by the last stage", flush=True)
     start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("log", "json", "limit")}
     made = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in predictors.parameters())).hexdigest() if predictors is not None else ""
-    run = json.dumps([options, arms, schedule.__dict__, metadata.get("prior", 0.0), made])   # a --limit may grow: rows keep their numbers
+    run = json.dumps([options, arms, schedule.__dict__, metadata.get("context"), made])   # a --limit may grow: rows keep their numbers
     log = Path(args.log or Path("out", "eval", f"{args.task}-{hashlib.sha256(run.encode()).hexdigest()[:12]}.jsonl"))
-    done = measure_rows(model, items, log, run, arms, schedule, predictors, metadata.get("prior", 0.0), share=args.h2o,
+    done = measure_rows(model, items, log, run, arms, schedule, predictors, metadata.get("context"), share=args.h2o,
                         new=args.max_new_tokens if args.task == "long" else 0, tokenizer=tokenizer, rouge=args.rouge)
     rows = table(done[:len(items)], arms, args.task, items, args.rouge)
     if args.json:

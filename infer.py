@@ -232,7 +232,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
-    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0))
+    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("context"))
     if args.compile:                # all but attention and the cache, whose lengths are plain numbers and would each be compiled anew
         for block in model.blocks:
             block.qkv, block.mix = (torch.compile(part, dynamic=True) for part in (block.qkv, block.mix))

@@ -83,28 +83,34 @@ def mse_loss(score, saliency, mask=None):
     return ((score - mse_target(saliency, mask)) ** 2 * m).sum() / m.sum().clamp(min=1)  # Eq. 4
 
 
-def ranking_loss(score, saliency, mask=None, chunk=1024):
+def ranking_loss(score, saliency, mask=None, pairs="equal", chunk=1024):
     """Pairwise ranking loss, the mean over all pairs i < j of tokens in `mask` of each row; all (B, n).
 
-    The paper's sum grows with n squared, so the mean is taken. Rows of the pair matrix are handled `chunk` at a time
-    and recomputed in the backward pass, so memory is O(chunk * n). A pair of equal saliency adds log 2 and no gradient.
+    The paper's sum grows with n squared, so the mean is taken. pairs: "equal", the paper's, gives every pair the same
+    weight; "saliency" weighs a pair by the difference of its saliencies, so that the best score orders tokens by their
+    expected saliency and not by how often one beats another. Rows of the pair matrix are handled `chunk` at a time and
+    recomputed in the backward pass, so memory is O(chunk * n). A pair of equal saliency adds no gradient.
     """
     n = score.shape[1]
     m = torch.ones_like(score) if mask is None else mask.to(score.dtype)
+    s = saliency.to(score.dtype)
+    if pairs == "saliency":         # each row on the scale of its own mean, so that no row outweighs the others
+        s = s / ((s * m).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30)
 
-    def rows(score, i):             # pairs whose first token is in rows i .. i + chunk
+    def rows(score, i):             # pairs whose first token is in rows i .. i + chunk -> their loss, their weight
         j = slice(i, n)             # earlier columns would only meet i > j
         difference = score[:, i:i + chunk, None] - score[:, None, j]
-        sign = torch.sign(saliency[:, i:i + chunk, None] - saliency[:, None, j]).to(score.dtype)
-        pair = (m[:, i:i + chunk, None] * m[:, None, j]).triu(1)
-        return (F.softplus(-difference * sign) * pair).sum()         # Eq. 6
+        above = s[:, i:i + chunk, None] - s[:, None, j]
+        weight = (m[:, i:i + chunk, None] * m[:, None, j]).triu(1)
+        if pairs == "saliency":
+            weight = weight * above.abs()
+        return torch.stack(((F.softplus(-difference * above.sign()) * weight).sum(), weight.sum()))  # Eq. 6
 
     if n <= chunk:
-        total = rows(score, 0)
+        total, weight = rows(score, 0)
     else:
-        total = sum(checkpoint(rows, score, i, use_reentrant=False) for i in range(0, n, chunk))
-    kept = m.sum(-1)
-    return total / (kept * (kept - 1) / 2).sum().clamp(min=1)
+        total, weight = sum(checkpoint(rows, score, i, use_reentrant=False) for i in range(0, n, chunk))
+    return total / weight.clamp(min=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -148,7 +154,7 @@ def save_predictors(path, predictors, config, schedule, **notes):
 
 
 def load_predictors(path, model, schedule=None):
-    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata: "schedule" a dict, "prior" a number).
+    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata: "schedule" and "context" are dicts).
 
     If a schedule is given, its stages must stand after the same blocks; another keep ratio is fine, a ranking serves any.
     """
@@ -158,9 +164,10 @@ def load_predictors(path, model, schedule=None):
     try:
         made = metadata["schedule"] = json.loads(metadata["schedule"])
         stages, first, step = made["stages"], made["first"], made["step"]
-        metadata["prior"] = float(metadata.get("prior", 0))
-        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000 and abs(metadata["prior"]) < 1e6, "")
-    except (ValueError, KeyError, TypeError, RecursionError):
+        context = metadata["context"] = json.loads(metadata.get("context", "{}"))
+        need(all(type(v) is int for v in (stages, first, step, context.get("window", 0))) and 1 <= stages <= 1000, "")
+        need(0 <= context.get("window", 0) <= 10**6 and abs(float(context.get("position", 0))) < 1e6, "")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: the schedule in its metadata is damaged") from None
     places = [first + step * s for s in range(stages)]
     if schedule:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common import add_data_arguments, at_least, cli, provenance, rows_from
 from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
-from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
+from prune import Context, Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
 from saliency import REDUCE, mark, reduce_saliency
 
 
@@ -70,11 +70,17 @@ def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", ta
     return x, logits, masks
 
 
-def losses(model, predictors, tokens, prompt_len, schedule, args):
+def marking(model, tokens, prompt_len, schedule, args):
+    """The marking stage of one row: S states (B, N, D), S saliencies (B, N), and the unpruned logits where they are distilled."""
+    states, grads, logits = mark(model, tokens, prompt_len, schedule.after(len(model.blocks)))
+    return states, [reduce_saliency(g, x, args.reduce) for g, x in zip(grads, states)], logits if args.distill else None
+
+
+def losses(model, predictors, tokens, prompt_len, schedule, args, marks=None):
     """Everything Eq. 8 adds up, for one row (or rows of equal length): -> {name: loss}, and the share of the prompt kept per stage."""
-    states, grads, full_logits = mark(model, tokens, prompt_len, schedule.after(len(model.blocks)))
-    targets = [reduce_saliency(g, x, args.reduce) for g, x in zip(grads, states)]
-    free = candidates(positions(tokens), prompt_len, schedule)
+    states, targets, full_logits = marks or marking(model, tokens, prompt_len, schedule, args)
+    pos = positions(tokens)
+    free = candidates(pos, prompt_len, schedule)
     found, kept = {}, []
     if args.cls or args.distill or args.states == "pruned":
         x, logits, masks = masked_pass(model, predictors, tokens, prompt_len, schedule, args.mask, args.tau)
@@ -86,13 +92,16 @@ def losses(model, predictors, tokens, prompt_len, schedule, args):
         kept = [m[:, :prompt_len].mean().item() for m in masks[1:]]
         alive = [free & (m > 0) for m in masks[:-1]]                 # a token dropped earlier has no rank any more
     if args.states == "marked":
-        logits, alive = [p(x) for p, x in zip(predictors, states)], [free] * len(states)
+        logits, alive = [p(x) for p, x in zip(predictors, states)], [free]
+        for s, target in enumerate(targets[1:], start=1):            # a stage learns on as many tokens as it will find, the most salient
+            index = select(target, pos, schedule.kept(prompt_len, s) + pos.shape[1] - prompt_len, prompt_len, schedule.sink, schedule.local)
+            alive.append(free & torch.zeros_like(free).scatter(1, index, True))
     for s, (pi, target, m) in enumerate(zip(logits, targets, alive), start=1):
         need(torch.isfinite(target[m]).all() and torch.isfinite(pi).all(), f"stage {s}: saliency or score is not finite")
         if args.mse:
             found["mse"] = found.get("mse", 0) + mse_loss(score(pi), target, m)
         if args.rank:
-            found["rank"] = found.get("rank", 0) + ranking_loss(score(pi), target, m)            # Eq. 5
+            found["rank"] = found.get("rank", 0) + ranking_loss(score(pi), target, m, args.pairs)  # Eq. 5
     return found, kept
 
 
@@ -128,19 +137,21 @@ def report(model, predictors, rows, schedule, reduce):
 
 def settings(model, rows, schedule, args):
     """What two runs must share so that one can go on with the other's state."""
-    names = ("accum", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "mask", "tau", "states", "seed")
+    names = ("accum", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "pairs", "mask", "tau", "states", "seed")
     seen = sum(int(e.tokens.sum()) + e.prompt_len for e in rows)     # a cheap mark of the rows themselves
     return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), len(rows), seen])
 
 
-def calibrate(model, predictors, rows, schedule, priors=(0.0, 0.25, 0.5, 1.0, 2.0, -0.5, -1.0)):
-    """Beyond the paper: the position prior (see `predictor_scorer`) under which the pruned model finds these training rows likeliest."""
+def calibrate(model, predictors, rows, schedule, windows=(0, 7, 15, 31), positions=(0.25, 0.5, 1.0, -0.25, -0.5)):
+    """Beyond the paper: the Context under which the pruned model finds these training rows likeliest; first its window, then its position."""
     total = {}
-    for done, prior in enumerate(priors, start=1):
-        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, prior)) for e in rows]
-        total[prior] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
-        print(f"calibrating {done}/{len(priors)}: prior {prior} gives NLL {total[prior]:.4f} on {len(rows)} training rows", flush=True)
-    return min(total, key=total.get)
+    for context in [Context(w) for w in windows] + [Context(None, p) for p in positions]:
+        context = context._replace(window=best.window) if context.window is None else context
+        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, context)) for e in rows]
+        total[context] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
+        best = min(total, key=total.get)
+        print(f"calibrating: {context} gives NLL {total[context]:.4f} on {len(rows)} training rows", flush=True)
+    return best
 
 
 def save_state(path, predictors, optimizer, step, log, run):
@@ -190,7 +201,7 @@ def train(model, rows, heldout, schedule, args, out):
     step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
     print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
           + (f"; going on after step {step}" if step else ""), flush=True)
-    start, first, seen, saved = time.time(), step, 0, time.time()
+    start, first, seen, saved, held = time.time(), step, 0, time.time(), {}
     while step < steps:
         optimizer.param_groups[0]["lr"] = args.lr * rate(step, steps, args.warmup)
         sums = {}
@@ -199,7 +210,11 @@ def train(model, rows, heldout, schedule, args, out):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
             example = rows[order[i]]
             try:
-                found, kept = losses(model, predictors, example.tokens[None].to(model.device), example.prompt_len, schedule, args)
+                tokens = example.tokens[None].to(model.device)
+                marks = held.get(order[i].item()) or marking(model, tokens, example.prompt_len, schedule, args)
+                if args.hold:       # the backbone is frozen, so a row's marks never change
+                    held[order[i].item()] = marks
+                found, kept = losses(model, predictors, tokens, example.prompt_len, schedule, args, marks)
                 loss = sum(getattr(args, name) * value for name, value in found.items())         # Eq. 8
                 need(torch.isfinite(loss), "the loss is not finite: " + ", ".join(f"{k} {v.item():.3g}" for k, v in found.items()))
             except ValueError as e:
@@ -225,8 +240,8 @@ def train(model, rows, heldout, schedule, args, out):
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
     if args.calibrate:
-        prior = calibrate(model, predictors.eval(), rows[:args.calibrate], schedule)
-        save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
+        context = calibrate(model, predictors.eval(), rows[:args.calibrate], schedule)
+        save_predictors(out, predictors, model.config, schedule, steps=step, context=json.dumps(context._asdict()), **notes)
     return log
 
 
@@ -245,14 +260,17 @@ def arguments():
     parser.add_argument("--rank", type=float, default=1.0, help="weight of the ranking loss, Eq. 5 and 6")
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the KL divergence from the unpruned model")
     parser.add_argument("--reduce", choices=REDUCE, default="norm_gx", help="how the gradient becomes one number per token")
+    parser.add_argument("--pairs", choices=("equal", "saliency"), default="equal",
+                        help="beyond the paper: `saliency` weighs each pair of the ranking loss by how far its saliencies lie apart")
     parser.add_argument("--mask", choices=("gumbel", "topk"), default="topk",
                         help="gumbel: sample each token (paper; nothing then ties the number kept to the schedule); topk: keep the scheduled count, as inference does")
     parser.add_argument("--tau", type=float, default=1.0, help="temperature of the Gumbel-Softmax")
     parser.add_argument("--states", choices=("pruned", "marked"), default="pruned",
                         help="what the predictors read for MSE and ranking: the states of the pruning pass (paper) or of the unpruned marking "
                              "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
+    parser.add_argument("--hold", action="store_true", help="hold every row's marking pass in memory (S x N x D values a row): later epochs need no backbone with --states marked")
     parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
-                        help="beyond the paper: after training, choose a position prior by the pruned likelihood of this many training rows")
+                        help="beyond the paper: after training, choose how far the scores of a token's neighbours and its position count, by the pruned likelihood of this many training rows")
     parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
     parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out (from the start where there is none)")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")

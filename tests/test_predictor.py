@@ -50,6 +50,28 @@ def test_ranking_loss_equals_a_double_loop(chunk):
     assert (s.grad[~m] == 0).all()
 
 
+@pytest.mark.parametrize("chunk", [1024, 5])
+def test_weighted_pairs_count_by_their_difference(chunk):
+    s, t = rand(1, 13).double(), rand(1, 13, seed=1).abs().double()
+    mean, total, weight = t.mean().item(), 0.0, 0.0
+    for i in range(13):
+        for j in range(i + 1, 13):
+            w = abs(t[0, i] - t[0, j]).item() / mean
+            total += w * math.log(1 + math.exp(-(s[0, i] - s[0, j]).item() * (1 if t[0, i] > t[0, j] else -1)))
+            weight += w
+    assert abs(ranking_loss(s, t, pairs="saliency", chunk=chunk).item() - total / weight) < 1e-9
+    assert abs(ranking_loss(s, 1000 * t, pairs="saliency", chunk=chunk).item() - total / weight) < 1e-9
+
+
+def test_weighted_pairs_order_by_the_mean_and_equal_pairs_by_the_majority():
+    """Two tokens, three rows: the second is slightly ahead twice, the first far ahead once."""
+    t = torch.tensor([[1.0, 1.1], [1.0, 1.1], [9.0, 1.0]])
+    for pairs, first_wins in (("saliency", True), ("equal", False)):
+        s = torch.zeros(1, 2, requires_grad=True)
+        ranking_loss(s.expand(3, 2), t, pairs=pairs).backward()
+        assert (s.grad[0, 0] < 0) == first_wins                     # descent raises the first token's score
+
+
 def test_ranking_loss_prefers_the_right_order():
     t = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     assert ranking_loss(t, t) < math.log(2) < ranking_loss(-t, t)
