@@ -32,8 +32,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import random
 import re
 import string
@@ -47,7 +45,7 @@ import torch
 
 from common import add_data_arguments, at_least, cli, encode_row, prompt_text, provenance, read_rows, rows_from
 from infer import add_pruning_arguments, generate, load_pruning
-from model import Tokenizer, find, need, positions
+from model import Tokenizer, need, positions
 from prune import H2O, SCORERS, extend, make_scorer, oracle_scorer, prefill, select
 from saliency import REDUCE, saliency
 
@@ -185,7 +183,7 @@ def compress(model, tokens, schedule, scorer):
     """
     N = tokens.shape[1]
     counts = schedule.counts(N, len(model.blocks))
-    trace = prefill(model, tokens, dataclasses.replace(schedule, keep=1.0), scorer)[2]
+    trace = prefill(model, tokens, dataclasses.replace(schedule, keep=1.0, shares=()), scorer)[2]
     rank = sum(stage.score.argsort(1).argsort(1) for stage in trace).float()
     return tokens.gather(1, select(rank, positions(tokens), round(sum(counts) / len(counts)), N, schedule.sink, schedule.local))
 
@@ -230,7 +228,7 @@ def measure(model, item, arms, schedule, predictors, context, seed, share=0.4, n
     gold, L = torch.tensor([item.answers[item.gold].tokens], device=model.device), len(model.blocks)
     for arm in arms:
         name, stages, h2o = parse_arm(arm, schedule.stages, share)
-        used, scorer, text, begin = dataclasses.replace(schedule, stages=stages), None, tokens, None
+        used, scorer, text, begin = dataclasses.replace(schedule, stages=stages, shares=schedule.shares[:stages]), None, tokens, None
         if name == "full":
             used = None
         elif name.startswith("oracle:"):
@@ -371,7 +369,7 @@ def main():
         items = choice_items(tokenizer, args.data, args.task, args.limit, args.shots, args.seed)
     lengths = [len(item.prompt) for item in items]
     print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to {max(lengths)} tokens, stages after blocks {schedule.after(len(model.blocks))},"
-          f" keep {schedule.keep}: {1 - schedule.keep ** len(schedule.after(len(model.blocks))):.0%} dropped by the last stage", flush=True)
+          f" keep {schedule.keep}: {1 - schedule.share(len(schedule.after(len(model.blocks)))):.0%} dropped by the last stage", flush=True)
     start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("log", "json", "limit")}
     made = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in predictors.parameters())).hexdigest() if predictors is not None else ""
     run = json.dumps([options, arms, schedule.__dict__, metadata.get("context"), made])   # a --limit may grow: rows keep their numbers

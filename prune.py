@@ -32,8 +32,12 @@ class Schedule:
     keep: float = 0.9               # r: stage s keeps the share r^s of the prompt
     sink: int = 4                   # the first tokens, always kept
     local: float = 0.1              # the share of last tokens, always kept
+    shares: tuple = ()              # beyond the paper: the share of the prompt that each stage keeps, instead of r^s
 
     def __post_init__(self):
+        object.__setattr__(self, "shares", tuple(self.shares))       # a list, after a trip through JSON
+        need(not self.shares or len(self.shares) == self.stages and all(type(v) in (int, float) and 0 < v <= 1 for v in self.shares)
+             and list(self.shares) == sorted(self.shares, reverse=True), f"{self}: shares are one number in (0, 1] a stage, never rising")
         need(all(type(v) is int for v in (self.first, self.step, self.stages, self.sink)) and all(type(v) in (int, float) for v in (self.keep, self.local)),
              f"{self}: first, step, stages and sink are whole numbers, keep and local shares")
         need(self.first >= 1 and self.step >= 1 and 0 <= self.stages <= 1000, f"{self}: first and step count from 1, stages from 0 to 1000")
@@ -46,7 +50,11 @@ class Schedule:
     def kept(self, n, stage):
         """Tokens of a prompt of n that survive stage 1, 2, ...: a share of the prompt, not of what is left."""
         protected = min(n, self.sink + local_tokens(n, self.local))
-        return max(protected, round(self.keep ** stage * n))
+        return max(protected, round(self.share(stage) * n))
+
+    def share(self, stage):
+        """Of the prompt, kept by stage 1, 2, ...; stage 0 is the whole prompt."""
+        return self.shares[stage - 1] if self.shares and stage else self.keep ** stage
 
     def counts(self, n, blocks):
         """Tokens of a prompt of n that enter each of `blocks` blocks."""
@@ -63,7 +71,7 @@ class Schedule:
     @property
     def pruned(self):
         """Share of the prompt dropped by the last stage, where all stages stand before the model's last block."""
-        return 1 - self.keep ** self.stages
+        return 1 - self.share(self.stages)
 
 
 def local_tokens(prompt_len, local):
@@ -310,11 +318,14 @@ def add_schedule_arguments(parser):
                              ("stages", int, "number of stages"), ("keep", float, "stage s keeps keep^s of the prompt"),
                              ("sink", int, "first tokens always kept"), ("local", float, "share of last tokens always kept")):
         parser.add_argument(f"--{name}", type=kind, help=text + f" (paper, 32 blocks: {getattr(Schedule(), name)})")
+    parser.add_argument("--shares", type=float, nargs="+", help="beyond the paper: the share that each stage keeps, instead of --keep")
 
 
 def schedule_from(args, blocks, made=None):
     """A Schedule from the options given, then the predictors' own (a dict), else the paper's scaled to this depth."""
-    given = {k: v for k in Schedule.__dataclass_fields__ if (v := getattr(args, k)) is not None}
+    given = {k: v for k in Schedule.__dataclass_fields__ if (v := getattr(args, k, None)) is not None}
+    if {"keep", "stages"} & set(given):
+        given.setdefault("shares", ())
     try:
         return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
     except TypeError:
@@ -332,7 +343,7 @@ def main():
     L = config.n_blocks
     schedule = schedule_from(args, L)
     stages = len(schedule.after(L))
-    print(f"{args.shape}: {stages} stages after blocks {schedule.after(L)}, keep {schedule.keep}: {1 - schedule.keep ** stages:.0%} of the prompt dropped by the last")
+    print(f"{args.shape}: {stages} stages after blocks {schedule.after(L)}, keep {schedule.keep}: {1 - schedule.share(stages):.0%} of the prompt dropped by the last")
     print(f"tokens per block at N = {args.lengths[0]}: {schedule.counts(args.lengths[0], L)}")
     print("\n        TFLOPs, exact (causal, GQA, module)       TFLOPs, the paper's accounting            KV cache, 2 bytes\n"
           "      N     full     SDTP   saved   ideal          full     SDTP   saved                   full GB   SDTP GB")
@@ -348,7 +359,7 @@ def main():
               f"              {row['kv_bytes'][0] / 1e9:10.2f} {row['kv_bytes'][1] / 1e9:9.2f}")
         rows.append(row)
     if args.json:
-        print(json.dumps({"command": "python " + " ".join(sys.argv), "shape": args.shape, "pruned": 1 - schedule.keep ** stages, "rows": rows}))
+        print(json.dumps({"command": "python " + " ".join(sys.argv), "shape": args.shape, "pruned": 1 - schedule.share(stages), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from common import add_data_arguments, at_least, cli, provenance, rows_from
 from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
 from prune import Context, Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
-from saliency import REDUCE, mark, reduce_saliency
+from saliency import REDUCE, mark, pyplot, reduce_saliency
 
 
 def candidates(pos, prompt_len, schedule):
@@ -125,7 +125,7 @@ def report(model, predictors, rows, schedule, reduce):
             predicted, true = score(predictors[stage](x))[0, free], s[stage][0, free]
             if len(true) < 2:
                 continue
-            k = max(1, round(schedule.keep ** (stage + 1) * len(true)))
+            k = max(1, round(schedule.share(stage + 1) * len(true)))
             rho.append(spearman(predicted, true))
             overlap.append(len(set(predicted.topk(k).indices.tolist()) & set(true.topk(k).indices.tolist())) / k)
         for name, scorer in (("full", None), ("sdtp", predictor_scorer(predictors)), ("random", random_scorer(row)),
@@ -144,7 +144,7 @@ def settings(model, rows, schedule, args):
 
 def calibrate(model, predictors, rows, schedule, windows=(0, 7, 15, 31), positions=(0.25, 0.5, 1.0, -0.25, -0.5)):
     """Beyond the paper: the Context under which the pruned model finds these training rows likeliest; first its window, then its position."""
-    total = {}
+    total, best = {}, Context()
     for context in [Context(w) for w in windows] + [Context(None, p) for p in positions]:
         context = context._replace(window=best.window) if context.window is None else context
         values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, context)) for e in rows]
@@ -187,12 +187,12 @@ def rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup * steps) / max(1, (1 - warmup) * steps)))
 
 
-def train(model, rows, heldout, schedule, args, out):
+def train(model, rows, heldout, schedule, args, out, held=None):
     """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log."""
     torch.manual_seed(args.seed)
     S = len(schedule.after(len(model.blocks)))
     need(S > 0, f"no stage of {schedule} stands before the last of {len(model.blocks)} blocks")
-    schedule = Schedule(**{**schedule.__dict__, "stages": S})
+    schedule = Schedule(**{**schedule.__dict__, "stages": S, "shares": schedule.shares[:S]})
     predictors = nn.ModuleList(Predictor(model.config.dim) for _ in range(S)).to(model.device)
     optimizer = torch.optim.AdamW(predictors.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     steps = args.steps or max(1, (args.epochs or (2 if args.data else 1)) * len(rows) // args.accum)
@@ -201,7 +201,7 @@ def train(model, rows, heldout, schedule, args, out):
     step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
     print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
           + (f"; going on after step {step}" if step else ""), flush=True)
-    start, first, seen, saved, held = time.time(), step, 0, time.time(), {}
+    start, first, seen, saved, held = time.time(), step, 0, time.time(), {} if held is None else held
     while step < steps:
         optimizer.param_groups[0]["lr"] = args.lr * rate(step, steps, args.warmup)
         sums = {}
@@ -245,6 +245,24 @@ def train(model, rows, heldout, schedule, args, out):
     return log
 
 
+def curve(log, path):
+    """The training curve: every loss (running mean), and the pruned likelihood of the held-out rows between full and random."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for name in [k for k in log[0] if k not in ("step", "heldout", "loss")]:
+        values = torch.tensor([entry[name] for entry in log])
+        width = max(1, len(values) // 50)
+        left.plot([entry["step"] for entry in log][width - 1:], values.unfold(0, width, 1).mean(-1), label=name)
+    left.set(xlabel="step", ylabel="loss (ranking and MSE: sum over stages)")
+    left.legend()
+    found = [(entry["step"], entry["heldout"]) for entry in log if "heldout" in entry]
+    for name in ("random", "recent", "sdtp", "oracle", "full"):
+        right.plot([step for step, _ in found], [report[f"nll_{name}"] for _, report in found], marker="o", ms=3, label=name)
+    right.set(xlabel="step", ylabel="NLL per token, held-out rows")
+    right.legend()
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,6 +297,7 @@ def arguments():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the backbone (default: bfloat16 on cuda, else float32)")
+    parser.add_argument("--png", metavar="FILE", help="draw the training curve (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the log as one JSON object on the last line")
     add_schedule_arguments(parser)
     return parser
@@ -296,6 +315,8 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     log = train(model, rows, heldout, schedule, args, out)
+    if args.png:
+        curve(log, args.png)
     print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
     if args.json:
         print(json.dumps({**provenance(model), "seconds": time.time() - start, "out": str(out), "log": log}))

@@ -169,3 +169,25 @@ def test_every_arm_on_the_toy(tokenizer):
     assert found["compress"]["keep"] == pytest.approx(found["predictor"]["keep"], abs=0.01)
     assert all(f["prefill_s"] > 0 and f["e2e_s"] > f["prefill_s"] for f in found.values())
     assert flops(model.config, [1] * 12) > 0 and prefill(model, torch.tensor([item.prompt]))[1][0].n == len(item.prompt)
+
+
+def test_study_trains_measures_and_goes_on(tmp_path):
+    from test_infer import command
+    words = ("study.py", "--table", "reductions", "--rows", 4, "--limit", 2, "--epochs", 1, "--work", tmp_path, "--json")
+    code, out, err = command(*words)
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [r["scorer"] for r in rows][:2] == ["full", "random"] and len(rows) == 5 and all(r["n"] == 2 for r in rows)
+    kept = sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*"))
+    code, out, err = command(*words)
+    assert code == 0 and json.loads(out.splitlines()[-1])["rows"] == rows, err
+    assert sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*")) == kept and len(kept) == 5
+
+
+def test_eval_command_goes_on_with_a_larger_limit(tmp_path):
+    from test_infer import command
+    words = ("eval.py", "--scorers", "full", "random", "--log", tmp_path / "rows.jsonl", "--json")
+    for limit in (1, 3):
+        code, out, err = command(*words, "--limit", limit)
+        assert code == 0 and json.loads(out.splitlines()[-1])["rows"][0]["n"] == limit, err
+    assert "1 rows are in" in out and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4

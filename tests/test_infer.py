@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import infer
+import survivors
 from common import examples
 from conftest import ROOT, tiny_model
 from model import Tokenizer, load
@@ -60,21 +61,21 @@ def test_generation_stops_at_eos_and_samples_with_a_seed(tokens):
 
 def test_every_token_has_its_stage(tiny, tokens):
     _, caches, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
-    stage_of = infer.dropped_at(trace, 60)
+    stage_of = survivors.dropped_at(trace, 60)
     counts = SCHEDULE.counts(60, 6)
     assert [stage_of.count(s) for s in range(5)] == [counts[5]] + [counts[s - 1] - counts[s] for s in range(1, 5)]
-    assert infer.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
+    assert survivors.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
 
 
 def test_survivors_page_is_self_contained_and_escapes_the_prompt(tiny, tokens, tmp_path):
     _, _, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
     page = tmp_path / "page.html"
-    infer.survivors_page(page, ["</script><b>"] + ["x"] * 59, infer.dropped_at(trace, 60), trace)
+    survivors.survivors_page(page, ["</script><b>"] + ["x"] * 59, survivors.dropped_at(trace, 60), trace)
     text = page.read_text()
     assert text.count("</script>") == 1 and "http" not in text
     data = json.loads(re.search(r"const data=(.*?),slider=", text).group(1))
     assert data["blocks"] == [1, 2, 3, 4] and data["tokens"][0]["piece"] == "</script><b>" and len(data["tokens"]) == 60
-    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * infer.dropped_at(trace, 60).count(2)
+    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * survivors.dropped_at(trace, 60).count(2)
 
 
 def test_bench_times_both_arms(tiny):

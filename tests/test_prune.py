@@ -62,6 +62,14 @@ def test_bad_schedule(bad):
 # ----------------------------------------------------------------------------------------------------------- selection
 
 
+def test_explicit_shares():
+    schedule = Schedule(1, 2, 3, 0.9, sink=1, local=0.01, shares=[0.9, 0.9, 0.25])
+    assert schedule.counts(100, 7) == [100, 90, 90, 90, 90, 25, 25] and schedule.pruned == 0.75
+    for bad in ([0.9], [0.9, 0.8, 0.85], [1.1, 1, 1], [0.5, 0.2, 0]):
+        with pytest.raises(ValueError, match="shares are one number"):
+            Schedule(1, 2, 3, shares=bad)
+
+
 def test_select_keeps_protected_then_top_scored_in_order():
     s = torch.tensor([[0.0, 0.1, 9.0, 0.2, 8.0, 0.3, 7.0, 0.0, 0.0, 0.0]])
     pos = positions(s)
