@@ -1,9 +1,10 @@
 """What the commands share and the paper does not speak of: rows of a data file, options, errors, provenance of a result.
 
 Data files hold one JSON object a line with instruction, context and response (databricks-dolly-15k's layout). The last
-tenth of every file is held out: train.py never reads it, eval.py reads nothing else.
+tenth of such a file is held out: train.py never reads it, eval.py's task nll reads nothing else.
 """
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
@@ -30,7 +31,8 @@ class Example(NamedTuple):
 def read_rows(path, split="all", fields=("instruction", "context", "response")):
     """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
 
-    split: "train" = the first 90%, "heldout" = the last 10% (never trained on), "all".
+    split: "train" = the first 90%, "heldout" = the last 10% (never trained on) without those whose context is that of a
+    training row, "all".
     """
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
@@ -52,7 +54,10 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
     cut = len(rows) - max(1, len(rows) // 10)
-    return {"all": rows, "train": rows[:cut], "heldout": rows[cut:]}[split]
+    if split == "heldout":
+        known = {row["context"] for row in rows[:cut] if row.get("context")}
+        return [row for row in rows[cut:] if row.get("context") not in known]
+    return rows if split == "all" else rows[:cut]
 
 
 def prompt_text(row, template="plain", question="first"):
@@ -82,6 +87,23 @@ def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=
                 break
     need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens")
     return found
+
+
+def digest(*parts):
+    """A short hash of what a result depends on: examples, modules, files (a Path) or anything JSON knows."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for p in part.parameters():
+                found.update(p.detach().float().cpu().numpy().tobytes())
+        elif isinstance(part, Path):
+            found.update(part.read_bytes())
+        elif isinstance(part, list) and part and isinstance(part[0], Example):
+            for e in part:
+                found.update(e.tokens.numpy().tobytes() + bytes(str(e.prompt_len), "ascii"))
+        else:
+            found.update(json.dumps(part, default=str).encode())
+    return found.hexdigest()[:16]
 
 
 def add_data_arguments(parser, limit):

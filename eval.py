@@ -7,21 +7,24 @@ before the next one, so differences between scorers are paired.
     python eval.py                                                                         # the toy's held-out rows
     python eval.py --ckpt smollm2 --data dolly.jsonl --context --min-prompt 128 --max-prompt 448 --limit 100
     python eval.py --ckpt smollm2 --task piqa --data piqa.jsonl --shots 5                  # Table 3
-    python eval.py --ckpt smollm2 --task long --data multi_news.jsonl --max-prompt 2048    # Table 1
+    python eval.py --ckpt smollm2 --task long --data multi_news.jsonl --max-prompt 2048 --rouge    # Table 1
     python eval.py --ckpt smollm2 --task copa --data copa.jsonl --scorers full full+h2o full+local predictor predictor+h2o   # Table 6
 
 tasks: nll     likelihood of the response of Dolly rows {instruction, context, response}; "share of gap" says where a
                scorer stands between random pruning (0%) and the full model (100%)
        text    likelihood of the next --max-response tokens after --max-prompt tokens of plain text, rows {text}
-       copa, piqa, winogrande, boolq, choice   accuracy of the likeliest answer, as lm-evaluation-harness scores it;
-               choice reads any rows {context, choices, label}
+       copa, piqa, winogrande, boolq, choice   accuracy of the likeliest answer, in lm-evaluation-harness' formats: acc by
+               likelihood, acc_norm by likelihood per byte; choice reads any rows {context, choices, label}
        lambada the last word of {text}: is it the model's own choice?
        long    rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or Dolly's: F1 or ROUGE-L of the
                generated answer, its likelihood, and Table 1's times
 scorers: full; predictor (with its context, if it was calibrated), module (without), random, recent, earliest, norm, attention,
        attention16; oracle:norm_gx and so on (they need the answer: ceilings, no methods); compress (the predictors' scores,
        but the tokens leave the text before block 1). Each may be followed by @S (only the first S stages; the paper's
-       SDTP-low) and by +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency alone).
+       SDTP-low) and by +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency alone,
+       once the prompt is read: an answer's first token still comes from the whole prompt).
+
+--min-prompt, --max-prompt, --context, --template and --question shape the tasks nll and long (text: --max-prompt alone).
 
 Rows already measured are kept in --log: the same command goes on where it was stopped.
 
@@ -30,7 +33,6 @@ Shapes: B = 1 row, N prompt tokens, S stages.
 import argparse
 import copy
 import dataclasses
-import hashlib
 import json
 import random
 import re
@@ -43,8 +45,8 @@ from typing import NamedTuple
 
 import torch
 
-from common import add_data_arguments, at_least, cli, encode_row, prompt_text, provenance, read_rows, rows_from
-from infer import add_pruning_arguments, generate, load_pruning
+from common import add_data_arguments, at_least, cli, digest, encode_row, prompt_text, provenance, read_rows, rows_from
+from infer import add_pruning_arguments, clock, generate, load_pruning
 from model import Tokenizer, need, positions
 from prune import H2O, SCORERS, extend, make_scorer, oracle_scorer, prefill, select
 from saliency import REDUCE, saliency
@@ -79,7 +81,7 @@ def as_choice(task, row):
         before, after = row["sentence"].split("_")
         return before.rstrip(), [(" " + row["option1"], after), (" " + row["option2"], after)], int(row["answer"]) - 1
     if task == "boolq":
-        return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", [("", " no"), ("", " yes")], int(row["label"])
+        return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", [("", " no"), ("", " yes")], {"false": 0, "true": 1, "0": 0, "1": 1}[str(row["label"]).lower()]
     if task == "lambada":
         context, word = row["text"].rstrip().rsplit(" ", 1)
         return context, [("", " " + word)], 0
@@ -105,7 +107,7 @@ def choice_items(tokenizer, path, task, limit, shots, seed):
         answers = []
         for lead, scored in choices:  # encoded with its context, so that a word is cut as it would be in the text
             start = len(tokenizer.encode(context + lead)) - len(prompt)
-            answers.append(Answer(tokenizer.encode(context + lead + scored)[len(prompt):], start, len(scored.strip().encode())))
+            answers.append(Answer(tokenizer.encode(context + lead + scored)[len(prompt):], start, len(scored.removeprefix(" ").encode())))
             need(0 <= start < len(answers[-1].tokens), f"{path}, row {number + 1}: a choice has no text")
         items.append(Item(prompt, answers, label))
     return items
@@ -113,31 +115,34 @@ def choice_items(tokenizer, path, task, limit, shots, seed):
 
 def text_items(tokenizer, path, prompt, response, limit):
     """Windows of the running text of all rows: `prompt` tokens to read, the next `response` to predict."""
-    ids = []
+    ids, begin = [], tokenizer.encode("")                            # a begin-of-text token, where the model has one
+    prompt -= len(begin)
     for row in read_rows(path, fields=("text",)):
         ids += tokenizer.encode(row["text"] if row["text"].endswith("\n") else row["text"] + "\n", bos=False)
         if len(ids) >= limit * (prompt + response):
             break
     windows = [ids[i:i + prompt + response] for i in range(0, len(ids) - prompt - response + 1, prompt + response)][:limit]
     need(windows, f"{path}: its text has {len(ids)} tokens, one window needs {prompt + response}")
-    return [Item(w[:prompt], [Answer(w[prompt:], 0, 1)], 0) for w in windows]
+    return [Item(begin + w[:prompt], [Answer(w[prompt:], 0, 1)], 0) for w in windows]
 
 
 def long_items(tokenizer, path, args, template):
     """Question answering and summaries over long contexts; a context that is too long loses its middle, as LongBench does it."""
     found = []
     rows = read_rows(path, fields=())
+    need(rows, f"{path}: no rows")
     if "response" in rows[0]:
         rows = [{"input": r["instruction"], "context": r["context"], "answers": [r["response"]]} for r in read_rows(path, "heldout") if r.get("context")]
     if "queries" in rows[0]:
-        rows = [{"input": q["query"], "context": r["transcript"], "answers": [q["answer"]]} for r in rows for q in r["queries"]]
+        longest = max(len(r["queries"]) for r in rows)               # the first question on every meeting, then the second: a --limit meets all meetings
+        rows = [{"input": r["queries"][i]["query"], "context": r["transcript"], "answers": [r["queries"][i]["answer"]]} for i in range(longest) for r in rows if i < len(r["queries"])]
     for number, row in enumerate(rows, start=1):
         need(isinstance(row.get("context"), str) and isinstance(row.get("input"), str) and isinstance(row.get("answers"), list) and row["answers"]
              and all(isinstance(a, str) and a for a in row["answers"]), f"{path}, row {number}: expected text in context and input, and a list of answers")
-        text = {"instruction": row["input"] or "Summarise the following text in a few sentences.", "context": row["context"], "response": row["answers"][0]}
+        text = {"instruction": row["input"] or "Summarise the following text in a few sentences.", "context": row["context"].replace("NEWLINE_CHAR", "\n"), "response": row["answers"][0]}
         ids = tokenizer.encode(text["context"], bos=False)
         room = args.max_prompt - len(tokenizer.encode(prompt_text({**text, "context": ""}, template))) - 16
-        need(room > 0, f"{path}, row {number}: the question alone is longer than --max-prompt")
+        need(room > 1, f"{path}, row {number}: the question alone is longer than --max-prompt")
         if len(ids) > room:
             text["context"] = tokenizer.decode(ids[:room // 2]) + "\n...\n" + tokenizer.decode(ids[-(room // 2):])
         example = encode_row(tokenizer, text, template, args.max_response, args.question)
@@ -194,10 +199,9 @@ def read_answers(model, tokens, answers, schedule=None, scorer=None, h2o=None):
 
     The caches are the prompt's again before every answer. Under H2O an answer is read token by token, as decode would.
     """
-    start, N = time.perf_counter(), tokens.shape[1]
+    start, N = clock(model.device), tokens.shape[1]
     first, caches, _ = prefill(model, tokens, schedule, scorer, max(len(a.tokens) for a in answers), h2o)
-    first.argmax().item()           # a device may still be at work
-    seconds, held, found = time.perf_counter() - start, [cache.n for cache in caches], []
+    seconds, held, found = clock(model.device) - start, [cache.n for cache in caches], []
     for answer in answers:
         ids = torch.tensor([answer.tokens], device=tokens.device)
         used = copy.deepcopy(caches) if h2o else caches
@@ -218,7 +222,7 @@ def parse_arm(arm, stages, share):
     """An arm's name -> scorer's name, stages, H2O or None."""
     match = re.fullmatch(r"([a-z_0-9:]+?)(?:@(\d+))?(\+h2o|\+local)?", arm)
     names = ("full", "compress", *SCORERS, *(f"oracle:{r}" for r in REDUCE))
-    need(match and match[1] in names, f"unknown scorer {arm!r}; there are {', '.join(names)}, each with @STAGES and +h2o or +local after it")
+    need(match and match[1] in names and match[2] != "0", f"unknown scorer {arm!r}; there are {', '.join(names)}, each with @STAGES and +h2o or +local after it")
     return match[1], min(stages, int(match[2] or stages)), {None: None, "+h2o": H2O(share), "+local": H2O(share, 0.0)}[match[3]]
 
 
@@ -237,11 +241,11 @@ def measure(model, item, arms, schedule, predictors, context, seed, share=0.4, n
                 oracle[reduce] = saliency(model, torch.cat((tokens, gold), 1), tokens.shape[1], schedule.after(L), reduce)
             scorer = oracle_scorer(oracle[reduce])
         elif name == "compress":
-            begin = time.perf_counter()
+            begin = clock(model.device)
             text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed, context)), None
         else:
             scorer = make_scorer(name, model, used, predictors, seed, context)
-        spent = time.perf_counter() - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
+        spent = clock(model.device) - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
         answers, seconds = read_answers(model, text, item.answers, used, scorer, h2o)
         counts = used.counts(text.shape[1], L) if used else [text.shape[1]] * L
         found[arm] = {"answers": answers, "keep": sum(counts) / L / tokens.shape[1], "prefill_s": spent + seconds}
@@ -261,6 +265,7 @@ def measure_rows(model, items, log, run, arms, *rest, **options):
         lines = log.read_text(encoding="utf-8").split("\n")
         need(lines[0] == run, f"{log}: these rows belong to another command; give --log another file")
         done = [json.loads(line) for line in lines[1:-1]]            # what follows the last newline was cut off by a kill
+        need([row.pop("row", None) for row in done] == list(range(len(done))), f"{log}: its rows are not in order; start with another --log")
         with log.open("r+b") as f:
             f.truncate(len("\n".join(lines[:-1]).encode()) + 1)
         print(f"{len(done)} rows are in {log} already")
@@ -273,7 +278,7 @@ def measure_rows(model, items, log, run, arms, *rest, **options):
             if row == had:          # a warm-up, thrown away, because rows are also timed
                 measure(model, items[row], arms[:2], *rest, row, **options)
             done.append(measure(model, items[row], arms, *rest, row, **options))
-            f.write(json.dumps(done[-1]) + "\n")
+            f.write(json.dumps({"row": row, **done[-1]}) + "\n")
             f.flush()
             left = (time.time() - start) / (row + 1 - had) * (len(items) - row - 1)
             print(f"\r{row + 1}/{len(items)} rows, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
@@ -371,9 +376,9 @@ def main():
     print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to {max(lengths)} tokens, stages after blocks {schedule.after(len(model.blocks))},"
           f" keep {schedule.keep}: {1 - schedule.share(len(schedule.after(len(model.blocks)))):.0%} dropped by the last stage", flush=True)
     start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("log", "json", "limit")}
-    made = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in predictors.parameters())).hexdigest() if predictors is not None else ""
-    run = json.dumps([options, arms, schedule.__dict__, metadata.get("context"), made])   # a --limit may grow: rows keep their numbers
-    log = Path(args.log or Path("out", "eval", f"{args.task}-{hashlib.sha256(run.encode()).hexdigest()[:12]}.jsonl"))
+    depends = [model.blocks[0], model.norm] + ([predictors] if predictors is not None else []) + ([Path(args.data)] if args.data else [])
+    run = json.dumps([options, arms, schedule.__dict__, metadata.get("context"), str(model.dtype), str(model.device), digest(*depends)])  # a --limit may grow
+    log = Path(args.log or Path("out", "eval", f"{args.task}-{digest(run)}.jsonl"))
     done = measure_rows(model, items, log, run, arms, schedule, predictors, metadata.get("context"), share=args.h2o,
                         new=args.max_new_tokens if args.task == "long" else 0, tokenizer=tokenizer, rouge=args.rouge)
     rows = table(done[:len(items)], arms, args.task, items, args.rouge)

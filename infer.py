@@ -149,7 +149,8 @@ def load_pruning(args):
         return model, schedule_from(args, len(model.blocks)), None, {}
     predictors, metadata = load_predictors(path, model)
     schedule = schedule_from(args, len(model.blocks), metadata["schedule"])
-    if {"predictor", "module"} & set(getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]):
+    asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]
+    if any(name.startswith(("predictor", "module", "compress")) for name in asked):
         load_predictors(path, model, schedule)                       # other stage positions are refused, other keep ratios are not
     return model, schedule, predictors, metadata
 

@@ -105,7 +105,10 @@ def drop(x, pos, index):
 
 
 class H2O(NamedTuple):
-    """Heavy-Hitter Oracle (arXiv 2306.14048; Table 6): every KV head of every block keeps only some of its keys and values."""
+    """Heavy-Hitter Oracle (arXiv 2306.14048; Table 6): every KV head of every block keeps only some of its keys and values.
+
+    The prompt itself is read with whole caches, block by block, so the first new token is that of the uncompressed model.
+    """
     share: float = 0.4              # of the tokens that have entered the block so far
     heavy: float = 0.5              # the part of those chosen by attention received; the others are the latest (0: local only)
 

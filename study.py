@@ -12,8 +12,8 @@ it tells variants apart that accuracy on as many rows could not.
 What is trained and measured is kept under --work: the same command goes on where it was stopped.
 """
 import argparse
-import hashlib
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 import train as training
-from common import Example, add_data_arguments, at_least, cli, provenance, rows_from
+from common import Example, add_data_arguments, at_least, cli, digest, provenance, rows_from
 from eval import ratio, text_items
 from infer import add_pruning_arguments
-from model import DTYPES, Tokenizer, load
+from model import DTYPES, Tokenizer, load, need
 from predictor import load_predictors, save_tensors, score
 from prune import Schedule, nll, oracle_scorer, predictor_scorer, random_scorer, schedule_from
 from saliency import pyplot, saliency, sparsity
@@ -41,7 +41,7 @@ VARIANTS = {  # name: options of train.py
     "ranking alone, pruned states": ("--cls", "0", "--mse", "0"),
     "ranking alone, unpruned states": RANK,
     "ranking by saliency difference": BEST,
-    "the same, cross entropy and distillation added": ("--mse", "0", "--pairs", "saliency", "--distill", "1"),
+    "the same, cross entropy and distillation added": (*BEST, "--cls", "1", "--distill", "1"),
     "reduction |g . x|": (*BEST, "--reduce", "abs_dot"),
     "reduction norm of g": (*BEST, "--reduce", "norm_g"),
     "reduction norm of g * x": BEST,
@@ -58,21 +58,23 @@ def trained(model, rows, schedule, options, args, held):
     """Predictors trained with these options of train.py, or read where they are finished already."""
     words = ["--ckpt", args.ckpt, "--seed", str(args.seed), "--accum", "4", "--epochs", str(args.epochs), "--hold", "--resume", "--report-every", "1000000", *options]
     settings = training.arguments().parse_args(words)
-    mark = json.dumps([words, schedule.__dict__, len(rows), sum(int(e.tokens.sum()) for e in rows), str(model.dtype)])
-    out = Path(args.work, hashlib.sha256(mark.encode()).hexdigest()[:12], "predictors.safetensors")
+    out = Path(args.work, digest(words, schedule.__dict__, rows, str(model.dtype), args.backbone), "predictors.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     training.train(model, rows, [], schedule, settings, out, held.setdefault((settings.reduce, bool(settings.distill), str(schedule), id(rows)), {}))
     return load_predictors(out, model)[0]
 
 
 def measured(model, rows, key, schedule, scorer, args):
-    """Summed response NLL of every row; scorer(row) -> a scorer or None. Kept in a file named after the key."""
-    path = Path(args.work, "nll-" + hashlib.sha256(json.dumps([key, args.ckpt, schedule and schedule.__dict__, len(rows), sum(int(e.tokens.sum()) for e in rows),
-                                                               str(model.dtype)]).encode()).hexdigest()[:16] + ".safetensors")
+    """Summed response NLL of every row; scorer(row) -> a scorer or None. Kept in a file named after what it depends on: key is a
+    name, or the predictors that score."""
+    path = Path(args.work, f"nll-{digest(key, schedule and schedule.__dict__, rows, str(model.dtype), args.backbone)}.safetensors")
     if path.is_file():
         return training.load_tensors(path)[0]["nll"].tolist()
-    values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, scorer(i)).sum().item() for i, e in enumerate(rows)]
-    save_tensors(path, {"nll": torch.tensor(values, dtype=torch.float64)}, {"key": str(key)})
+    values, start = [], time.time()
+    for i, e in enumerate(rows):
+        values.append(nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, scorer(i)).sum().item())
+        print(f"\r{i + 1}/{len(rows)} rows, {(time.time() - start) / (i + 1) * (len(rows) - i - 1):.0f} s left \r", end="", file=sys.stderr, flush=True)
+    save_tensors(path, {"nll": torch.tensor(values, dtype=torch.float64)}, {"backbone": args.backbone})
     return values
 
 
@@ -106,7 +108,7 @@ def table_of_variants(model, rows, heldout, schedule, names, args):
     for name in names:
         print(f"\n{name}: train.py {' '.join(VARIANTS[name])}", flush=True)
         predictors = trained(model, rows, schedule, VARIANTS[name], args, held)
-        variants[name] = (["variant", VARIANTS[name], len(rows), args.epochs, args.seed], lambda i, p=predictors: predictor_scorer(p))
+        variants[name] = (predictors, lambda i, p=predictors: predictor_scorer(p))
     print()
     return compare(model, heldout, schedule, variants, args)
 
@@ -114,10 +116,10 @@ def table_of_variants(model, rows, heldout, schedule, names, args):
 def figures(model, rows, heldout, args):
     """Figures 4 and 5: one stage after block 1 to 10; 1 to 7 stages from block 4 on, every third. Share kept against cost in NLL."""
     L = len(model.blocks)
-    last = max(b for b in (10, *range(4, 23, 3)) if b < L)
-    predictors = trained(model, rows, Schedule(1, 1, last, 0.97), BEST, args, {})
+    last = max(min(10, L - 1), *(b for b in range(4, 23, 3) if b < L))
+    predictors = trained(model, rows, Schedule(1, 1, last, 1.0), BEST, args, {})  # keep 1: every stage learns on every token
     scorer = lambda first, step: lambda i: lambda stage, x, pos: score(predictors[first + step * stage - 1](x))
-    key, found = ["figures", len(rows), args.epochs, args.seed], []
+    key, found = predictors, []
     for keep in (0.9, 0.8, 0.7):
         for first in range(1, min(10, L - 1) + 1):
             found += compare(model, heldout, Schedule(first, 1, 1, keep), {f"stage after block {first}, keep {keep}": (key, scorer(first, 1))}, args, "figure 4")[2:]
@@ -143,11 +145,10 @@ def figures(model, rows, heldout, args):
 def open_questions(model, tokenizer, rows, heldout, schedule, args):
     """Question first or last, Dolly or plain text, keep ratios, and the budget's allocation over stages."""
     L, found, held = len(model.blocks), [], {}
-    key = ["variant", BEST, len(rows), args.epochs, args.seed]
-    first = trained(model, rows, schedule, BEST, args, held)
+    first = key = trained(model, rows, schedule, BEST, args, held)
     by_first = lambda i: predictor_scorer(first)
     for keep in (0.95, 0.92, schedule.keep, 0.85, 0.8):
-        own = replace(schedule, keep=keep)
+        own = replace(schedule, keep=keep, shares=())
         found += compare(model, heldout, own, {f"keep {keep}": (key, by_first), f"keep {keep}, first tokens": ("earliest", lambda i: lambda s, x, pos: -pos.float())}, args, "keep ratio")
 
     marks = [saliency(model, e.tokens[None].to(model.device), e.prompt_len, schedule.after(L))[:, 0, :e.prompt_len] for e in rows[:32]]
@@ -159,7 +160,8 @@ def open_questions(model, tokenizer, rows, heldout, schedule, args):
         shares = (scale * salient).clamp(0.02, 1).cummin(0).values.tolist()
         low, high = (scale, high) if sum(shares) < sum(budget) else (low, scale)
     learned = replace(schedule, shares=shares)
-    linear = replace(schedule, shares=[1 - (1 - 2 * sum(budget) / len(budget) + 1) * (s + 1) / (len(budget) + 1) for s in range(len(budget))])
+    slope = (1 - sum(budget) / len(budget)) * 2 / (len(budget) + 1)
+    linear = replace(schedule, shares=[max(0.02, 1 - slope * (s + 1)) for s in range(len(budget))])
     for name, own in (("geometric", schedule), ("from Figure 2", learned), ("linear", linear)):
         found += [{**row, "shares": [round(own.share(s + 1), 3) for s in range(own.stages)]} for row in compare(model, heldout, own, {
             f"{name}, predictors": (key, by_first),
@@ -169,18 +171,19 @@ def open_questions(model, tokenizer, rows, heldout, schedule, args):
                                for split, limit in (("train", args.rows), ("heldout", args.limit)))
     last = trained(model, last_rows, schedule, BEST, args, held)
     variants = {"question first": (heldout, by_first, key), "question last, trained on first": (last_heldout, by_first, key),
-                "question last, trained on last": (last_heldout, lambda i: predictor_scorer(last), [*key, "last"])}
+                "question last, trained on last": (last_heldout, lambda i: predictor_scorer(last), last)}
     for name, (where, scorer, k) in variants.items():
         oracle = lambda i, where=where: oracle_scorer(saliency(model, where[i].tokens[None].to(model.device), where[i].prompt_len, schedule.after(L)))
         found += compare(model, where, schedule, {name: (k, scorer), name + ", oracle": ("oracle", oracle)}, args, "question")
 
     if args.text:
         windows = [Example(torch.tensor(item.prompt + item.answers[0].tokens), len(item.prompt)) for item in text_items(tokenizer, args.text, 256, 64, args.rows + args.limit)]
+        need(len(windows) > args.limit, f"{args.text}: its text gives {len(windows)} windows of 320 tokens, more than --limit {args.limit} are needed")
         text_rows, text_heldout = windows[:-args.limit], windows[-args.limit:]
         text = trained(model, text_rows, schedule, BEST, args, held)
         for name, where in (("Dolly", heldout), ("plain text", text_heldout)):
             found += compare(model, where, schedule, {f"read {name}, trained on Dolly": (key, by_first),
-                                                      f"read {name}, trained on plain text": ([*key, "text"], lambda i: predictor_scorer(text))}, args, "training data")
+                                                      f"read {name}, trained on plain text": (text, lambda i: predictor_scorer(text))}, args, "training data")
     return found
 
 
@@ -198,7 +201,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
     args = parser.parse_args()
     tokenizer, model, start = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device), time.time()
-    schedule = schedule_from(args, len(model.blocks))
+    schedule, args.backbone = schedule_from(args, len(model.blocks)), digest(model.blocks[0], model.norm)
     rows, heldout = (rows_from(args, tokenizer, split, limit=limit) for split, limit in (("train", args.rows), ("heldout", args.limit)))
     if args.table == "figures":
         found = figures(model, rows, heldout, args)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import add_data_arguments, at_least, cli, provenance, rows_from
+from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
 from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
 from prune import Context, Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
@@ -138,8 +138,7 @@ def report(model, predictors, rows, schedule, reduce):
 def settings(model, rows, schedule, args):
     """What two runs must share so that one can go on with the other's state."""
     names = ("accum", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "pairs", "mask", "tau", "states", "seed")
-    seen = sum(int(e.tokens.sum()) + e.prompt_len for e in rows)     # a cheap mark of the rows themselves
-    return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), len(rows), seen])
+    return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), digest(rows)])
 
 
 def calibrate(model, predictors, rows, schedule, windows=(0, 7, 15, 31), positions=(0.25, 0.5, 1.0, -0.25, -0.5)):
@@ -286,7 +285,7 @@ def arguments():
     parser.add_argument("--states", choices=("pruned", "marked"), default="pruned",
                         help="what the predictors read for MSE and ranking: the states of the pruning pass (paper) or of the unpruned marking "
                              "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
-    parser.add_argument("--hold", action="store_true", help="hold every row's marking pass in memory (S x N x D values a row): later epochs need no backbone with --states marked")
+    parser.add_argument("--hold", action="store_true", help="hold every row's marking pass in memory (S x N x D values a row, with --distill its logits too): later epochs need no backbone with --states marked")
     parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
                         help="beyond the paper: after training, choose how far the scores of a token's neighbours and its position count, by the pruned likelihood of this many training rows")
     parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")

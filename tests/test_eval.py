@@ -30,7 +30,8 @@ def test_harness_formats():
     context, choices, label = evaluation.as_choice("winogrande", {"sentence": "Ann asked Bea as _ was lost.", "option1": "Ann", "option2": "Bea", "answer": "2"})
     assert (context, choices, label) == ("Ann asked Bea as", [(" Ann", " was lost."), (" Bea", " was lost.")], 1)
     assert evaluation.as_choice("piqa", {"goal": "Do", "sol1": "a", "sol2": "b", "label": 1}) == ("Question: Do\nAnswer:", [("", " a"), ("", " b")], 1)
-    assert evaluation.as_choice("boolq", {"passage": "P.", "question": "q", "label": True})[1:] == ([("", " no"), ("", " yes")], 1)
+    for label, gold in ((True, 1), ("true", 1), ("false", 0), (0, 0)):
+        assert evaluation.as_choice("boolq", {"passage": "P.", "question": "q", "label": label})[1:] == ([("", " no"), ("", " yes")], gold)
     assert evaluation.as_choice("lambada", {"text": "the end of it"}) == ("the end of", [("", " it")], 0)
 
 
@@ -89,7 +90,7 @@ def test_arms():
     assert evaluation.parse_arm("predictor@5+h2o", 9, 0.4) == ("predictor", 5, H2O(0.4, 0.5))
     assert evaluation.parse_arm("oracle:norm_g", 9, 0.4) == ("oracle:norm_g", 9, None)
     assert evaluation.parse_arm("full+local", 9, 0.2) == ("full", 9, H2O(0.2, 0.0))
-    for bad in ("nonsense", "oracle:none", "full+", "random@x"):
+    for bad in ("nonsense", "oracle:none", "full+", "random@x", "compress@0"):
         with pytest.raises(ValueError, match="unknown scorer"):
             evaluation.parse_arm(bad, 9, 0.4)
 
@@ -137,8 +138,8 @@ def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypa
 def test_text_windows(tokenizer, tmp_path):
     path = jsonl(tmp_path / "t.jsonl", [{"text": "The fog moved behind the green mirrors."}] * 20)
     items = evaluation.text_items(tokenizer, path, 30, 10, 3)
-    ids = sum((tokenizer.encode("The fog moved behind the green mirrors.\n", bos=False) for _ in range(20)), [])
-    assert [item.prompt + item.answers[0].tokens for item in items] == [ids[0:40], ids[40:80], ids[80:120]]
+    ids, begin = sum((tokenizer.encode("The fog moved behind the green mirrors.\n", bos=False) for _ in range(20)), []), tokenizer.encode("")
+    assert len(begin) == 1 and [item.prompt + item.answers[0].tokens for item in items] == [begin + ids[i:i + 39] for i in (0, 39, 78)]
     with pytest.raises(ValueError, match="one window needs 4000"):
         evaluation.text_items(tokenizer, path, 3000, 1000, 3)
 
