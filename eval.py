@@ -122,7 +122,7 @@ def text_items(tokenizer, path, prompt, response, limit):
         if len(ids) >= limit * (prompt + response):
             break
     windows = [ids[i:i + prompt + response] for i in range(0, len(ids) - prompt - response + 1, prompt + response)][:limit]
-    need(windows, f"{path}: its text has {len(ids)} tokens, one window needs {prompt + response}")
+    need(windows, f"{path}: its text has {len(ids)} tokens, one window needs {prompt + response}, at least")
     return [Item(begin + w[:prompt], [Answer(w[prompt:], 0, 1)], 0) for w in windows]
 
 

@@ -1,0 +1,149 @@
+"""The README's tables, written from the files in results/, so that they cannot drift from what was measured.
+
+A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`; everything between is replaced.
+
+    python report.py            # write the tables into README.md
+    python report.py --check    # exit 1 if a table there is not what results/ says
+"""
+import argparse
+import json
+import re
+from pathlib import Path
+
+from common import cli
+from model import need
+
+ROOT = Path(__file__).resolve().parent
+NAMES = {"full": "full model", "predictor": "**trained predictors**", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",
+         "earliest": "first tokens", "norm": "largest hidden state", "attention": "attention received, all queries", "attention16": "attention received, last 16 queries",
+         "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)", "oracle:norm_g": "gradient oracle, norm of g", "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
+         "predictor@5": "trained predictors, 5 stages (SDTP-low)", "compress": "prompt compression by the same scores", "full+h2o": "H2O at 40%", "full+local": "latest 40% only",
+         "predictor+h2o": "trained predictors + H2O at 40%"}
+TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ"}
+
+
+def result(name):
+    path = ROOT / "results" / f"{name}.json"
+    need(path.is_file(), f"{path}: not measured yet; see results/make.sh")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def source(*names):
+    """What stands under a table: command, rows, commit and hardware."""
+    first = result(names[0])
+    need(len({(result(n)["hardware"], result(n)["dtype"]) for n in names}) == 1, f"{names}: measured on different hardware or in different types")
+    commits = ", ".join(dict.fromkeys(str(result(n)["commit"]) for n in names))
+    minutes = sum(result(name).get("seconds", 0) for name in names) / 60
+    return (f"\n\n`{first['command']}`" + (" and the like" if len(names) > 1 else "")
+            + f" ({', '.join(f'[{name}.json](results/{name}.json)' for name in names)}; {minutes:.0f} min on {first['hardware']}, {first['dtype']}; commit {commits})")
+
+
+def plus(value, error, digits=3):
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def percent(value, error):
+    return f"{value:.0%} ± {error:.0%}"
+
+
+def likelihood(name):
+    """NLL per token of every scorer, best first."""
+    rows = sorted(result(name)["rows"], key=lambda r: r["value"])
+    return markdown(["kept by", f"NLL per token ({rows[0]['n']} rows)", "tokens kept, mean over blocks", "share of the random-to-full gap"],
+                    [[NAMES.get(r["scorer"], r["scorer"]), plus(r["value"], r["stderr"]), f"{r['mean_keep']:.0%}",
+                      percent(r["share_of_gap"], r["share_stderr"]) if "share_of_gap" in r else {"full": "100%", "random": "0%"}.get(r["scorer"], "")] for r in rows]) + source(name)
+
+
+def choice():
+    """Table 3's layout: accuracy in percent, for COPA and PIQA also per byte; means of the raw ones over tasks with their standard errors."""
+    files = [f"smollm2_{task}_{shots}" for shots in (0, 5) for task in TASKS]
+    cells = {(name, r["scorer"], r["metric"]): r for name in files for r in result(name)["rows"]}
+    last = {r["scorer"]: r for r in result("smollm2_lambada")["rows"] if r["metric"] == "acc"}
+    means = {shots: [name for name in files if name.endswith(str(shots))] for shots in (0, 5)}   # different tasks: different rows, independent
+    scorers, rows = list(dict.fromkeys(r["scorer"] for r in result(files[0])["rows"])), []
+    for scorer in scorers:
+        row = [NAMES[scorer]]
+        row += [" / ".join(f"{100 * cells[name, scorer, m]['value']:.0f}" for m in ("acc", "acc_norm")[:2 if "piqa" in name or "copa" in name else 1]) for name in files] + [f"{100 * last[scorer]['value']:.0f}"]
+        for shots in (0, 5):
+            these = [cells[name, scorer, "acc"] for name in means[shots]]
+            row.append(plus(100 * sum(r["value"] for r in these) / len(these), 100 * sum(r["stderr"] ** 2 for r in these) ** 0.5 / len(these), 1))
+            row.append("" if scorer == "full" else plus(100 * sum(r["vs_full"] for r in these) / len(these), 100 * sum(r["vs_full_stderr"] ** 2 for r in these) ** 0.5 / len(these), 1))
+        rows.append(row)
+    n = [cells[name, "full", "acc"]["n"] for name in files]
+    head = ["kept by"] + [f"{TASKS[name.split('_')[1]]}, {name[-1]}-shot ({k} rows)" for name, k in zip(files, n)] + [f"LAMBADA ({last['full']['n']} rows)", "0-shot mean", "against full (paired)", "5-shot mean", "against full (paired)"]
+    return markdown(head, rows) + source(*files, "smollm2_lambada")
+
+
+def long_prompts():
+    """Table 1's columns."""
+    rows, names = [], {"multi_news": "multi_news, summaries", "qmsum": "QMSum, meetings", "dolly_f1": "Dolly, questions"}
+    for name, title in names.items():
+        found = result(f"smollm2_{name}")
+        by = {(r["scorer"], r["metric"]): r for r in found["rows"]}
+        metric = "rouge_l" if ("full", "rouge_l") in by else "f1"
+        for scorer in dict.fromkeys(r["scorer"] for r in found["rows"]):
+            score, nll = by[scorer, metric], by[scorer, "nll"]
+            rows.append([f"{title} ({score['n']} rows, {found['prompt_tokens'][1]:.0f} tokens)", NAMES[scorer], f"{1 / score['mean_keep']:.2f}x",
+                         f"{ {'rouge_l': 'ROUGE-L', 'f1': 'F1'}[metric] } " + plus(100 * score["value"], 100 * score["stderr"], 1), plus(nll["value"], nll["stderr"]),
+                         *(f"{by[scorer, part + '_speedup']['value']:.2f}x" for part in ("prefill", "e2e"))])
+    return markdown(["rows", "kept by", "compression", "answer", "NLL of the reference", "prefill", "end to end, 64 new tokens"], rows) + source(*(f"smollm2_{n}" for n in names))
+
+
+def h2o():
+    """Table 6."""
+    files = {"COPA": "smollm2_h2o_copa", "PIQA": "smollm2_h2o_piqa", "Dolly": "smollm2_h2o_nll"}
+    by = {(task, r["scorer"]): r for task, name in files.items() for r in result(name)["rows"] if r["metric"] in ("acc", "nll")}
+    rows = [[NAMES[s], *(plus(100 * by[t, s]["value"], 100 * by[t, s]["stderr"], 1) for t in ("COPA", "PIQA")), plus(by["Dolly", s]["value"], by["Dolly", s]["stderr"]),
+             plus(by["Dolly", s]["vs_full"], by["Dolly", s]["vs_full_stderr"]) if s != "full" else ""] for s in ("full", "full+h2o", "predictor", "predictor+h2o", "full+local")]
+    head = ["", *(f"{t}, 5-shot accuracy ({by[t, 'full']['n']} rows)" for t in ("COPA", "PIQA")), f"Dolly, NLL ({by['Dolly', 'full']['n']} rows)", "NLL against full (paired)"]
+    return markdown(head, rows) + source(*files.values())
+
+
+def study(name):
+    """A table of study.py, or one of its groups (NAME/GROUP)."""
+    name, _, group = name.partition("/")
+    found = [r for r in result(name)["rows"] if not group or r["group"].startswith(group)]
+    first = next((r for r in found if "share_of_gap" in r), None)
+    rows = []
+    for r in found:
+        if "share_of_gap" not in r and (group or r["scorer"] == "full") and r["scorer"] in ("full", "random"):
+            continue                # full and random are the ends of the share
+        rows.append([r["scorer"], plus(r["value"], r["stderr"]), f"{r['mean_keep']:.0%}", percent(r["share_of_gap"], r["share_stderr"]) if "share_of_gap" in r else "0%"]
+                    + ([] if group else ["" if r is first or "vs_first" not in r else f"{100 * r['vs_first']:+.0f} ± {100 * r['vs_first_stderr']:.0f} points"]))
+    return markdown(["variant", f"NLL per token ({found[0]['n']} rows)", "tokens kept", "share of gap"] + ([] if group else ["against the first row (paired)"]), rows) + source(name)
+
+
+TABLES = {"nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
+          "losses": lambda: study("smollm2_losses"), "reductions": lambda: study("smollm2_reductions"), "open": lambda: study("smollm2_open/"),
+          "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
+          "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}
+
+
+def render(text):
+    """The README with every table made anew."""
+    def table(match):
+        need(match[1] in TABLES, f"README.md: unknown table {match[1]!r}; there are {', '.join(TABLES)}")
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table has drifted")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = render(old)
+    if args.check:
+        need(new == old, "README.md: a table is not what results/ says; run python report.py")
+    elif new != old:
+        readme.write_text(new, encoding="utf-8")
+        print("README.md: tables written anew")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Every table of the README from nothing: bash results/make.sh DATA, where DATA is a folder with the data sets' JSONL files.
+# A result that is there already is not measured again; a command that was stopped goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${1:?usage: bash results/make.sh DATA [NAME ...]}
+shift
+only=" $* "
+
+make() {    # make NAME COMMAND...: the JSON object on the command's last line becomes results/NAME.json
+    local name=$1
+    shift
+    if [[ -e results/$name.json || ($only != "  " && $only != *" $name "*) ]]; then return; fi
+    echo "== $name: $*"
+    "$@" --json | tee "out/$name.log"
+    tail -n 1 "out/$name.log" | python -m json.tool --indent 1 > "out/$name.json"
+    mv "out/$name.json" "results/$name.json"
+}
+mkdir -p out
+real="--ckpt smollm2 --dtype bfloat16"
+dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
+
+make smollm2_nll python eval.py $real $dolly --limit 120
+make smollm2_text python eval.py $real --task text --data $data/wikitext2_valid.jsonl --max-prompt 256 --max-response 64 --limit 40
+for task in copa piqa winogrande boolq; do
+    for shots in 0 5; do
+        limit=100 model=$real
+        [[ $task == boolq ]] && model="--ckpt smollm2"               # yes and no differ by less than bfloat16 tells
+        [[ $task$shots == boolq5 ]] && limit=40
+        make smollm2_${task}_$shots python eval.py $model --task $task --data $data/$task.jsonl --shots $shots --limit $limit --scorers full predictor module random recent attention
+    done
+done
+make smollm2_lambada python eval.py $real --task lambada --data $data/lambada.jsonl --limit 120 --scorers full predictor module random recent attention
+long="--task long --max-prompt 2048 --min-prompt 1024 --scorers full predictor predictor@5 compress random recent"
+make smollm2_multi_news python eval.py $real $long --rouge --data $data/multi_news.jsonl --limit 10
+make smollm2_qmsum python eval.py $real $long --rouge --data $data/qmsum.jsonl --limit 10
+make smollm2_dolly_f1 python eval.py $real --task long --data $data/dolly.jsonl --min-prompt 128 --max-prompt 448 --limit 40 --scorers full predictor predictor@5 compress random recent
+for task in copa piqa; do
+    make smollm2_h2o_$task python eval.py $real --task $task --data $data/$task.jsonl --shots 5 --limit 40 --scorers full full+h2o full+local predictor predictor+h2o
+done
+make smollm2_h2o_nll python eval.py $real $dolly --limit 24 --scorers full full+h2o full+local predictor predictor+h2o random
+study="python study.py $real $dolly"
+make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
+make smollm2_reductions $study --table reductions --rows 200 --limit 40
+make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
+make smollm2_figures $study --table figures --rows 100 --limit 16 --png results/smollm2
+python report.py
