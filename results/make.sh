@@ -41,7 +41,7 @@ done
 make smollm2_h2o_nll python eval.py $real $dolly --limit 24 --scorers full full+h2o full+local predictor predictor+h2o random
 study="python study.py $real $dolly"
 make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
-make smollm2_reductions $study --table reductions --rows 200 --limit 40
+make smollm2_targets $study --table targets --rows 300 --limit 40
 make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
 make smollm2_figures $study --table figures --rows 100 --limit 16 --png results/smollm2
 python report.py

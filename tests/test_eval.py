@@ -174,15 +174,15 @@ def test_every_arm_on_the_toy(tokenizer):
 
 def test_study_trains_measures_and_goes_on(tmp_path):
     from test_infer import command
-    words = ("study.py", "--table", "reductions", "--rows", 4, "--limit", 2, "--epochs", 1, "--work", tmp_path, "--json")
+    words = ("study.py", "--table", "targets", "--rows", 4, "--limit", 2, "--epochs", 1, "--work", tmp_path, "--json")
     code, out, err = command(*words)
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [r["scorer"] for r in rows][:2] == ["full", "random"] and len(rows) == 5 and all(r["n"] == 2 for r in rows)
+    assert [r["scorer"] for r in rows][:2] == ["full", "random"] and len(rows) == 7 and all(r["n"] == 2 for r in rows)
     kept = sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*"))
     code, out, err = command(*words)
     assert code == 0 and json.loads(out.splitlines()[-1])["rows"] == rows, err
-    assert sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*")) == kept and len(kept) == 5
+    assert sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*")) == kept and len(kept) == 7
 
 
 def test_eval_command_goes_on_with_a_larger_limit(tmp_path):
