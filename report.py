@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import cli
 from model import need
+from train import curve
 
 ROOT = Path(__file__).resolve().parent
 NAMES = {"full": "full model", "predictor": "**trained predictors**", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",
@@ -29,17 +30,16 @@ def result(name):
 
 
 def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def source(*names):
     """What stands under a table: command, rows, commit and hardware."""
     first = result(names[0])
-    need(len({(result(n)["hardware"], result(n)["dtype"]) for n in names}) == 1, f"{names}: measured on different hardware or in different types")
-    commits = ", ".join(dict.fromkeys(str(result(n)["commit"]) for n in names))
+    commits, hardware, dtypes = (", ".join(dict.fromkeys(str(result(n)[key]) for n in names)) for key in ("commit", "hardware", "dtype"))
     minutes = sum(result(name).get("seconds", 0) for name in names) / 60
     return (f"\n\n`{first['command']}`" + (" and the like" if len(names) > 1 else "")
-            + f" ({', '.join(f'[{name}.json](results/{name}.json)' for name in names)}; {minutes:.0f} min on {first['hardware']}, {first['dtype']}; commit {commits})")
+            + f" ({', '.join(f'[{name}.json](results/{name}.json)' for name in names)}; {minutes:.0f} min on {hardware}, {dtypes}; commit {commits})")
 
 
 def plus(value, error, digits=3):
@@ -60,7 +60,7 @@ def likelihood(name):
 
 def choice():
     """Table 3's layout: accuracy in percent, for COPA and PIQA also per byte; means of the raw ones over tasks with their standard errors."""
-    files = [f"smollm2_{task}_{shots}" for shots in (0, 5) for task in TASKS]
+    files = [name for shots in (0, 5) for task in TASKS if (ROOT / "results" / f"{(name := f'smollm2_{task}_{shots}')}.json").is_file()]
     cells = {(name, r["scorer"], r["metric"]): r for name in files for r in result(name)["rows"]}
     last = {r["scorer"]: r for r in result("smollm2_lambada")["rows"] if r["metric"] == "acc"}
     means = {shots: [name for name in files if name.endswith(str(shots))] for shots in (0, 5)}   # different tasks: different rows, independent
@@ -95,11 +95,12 @@ def long_prompts():
 
 def h2o():
     """Table 6."""
-    files = {"COPA": "smollm2_h2o_copa", "PIQA": "smollm2_h2o_piqa", "Dolly": "smollm2_h2o_nll"}
+    files = {task: name for task in ("COPA", "PIQA", "Dolly") if (ROOT / "results" / f"{(name := 'smollm2_h2o_' + {'Dolly': 'nll'}.get(task, task.lower()))}.json").is_file()}
+    accuracy = [task for task in files if task != "Dolly"]
     by = {(task, r["scorer"]): r for task, name in files.items() for r in result(name)["rows"] if r["metric"] in ("acc", "nll")}
-    rows = [[NAMES[s], *(plus(100 * by[t, s]["value"], 100 * by[t, s]["stderr"], 1) for t in ("COPA", "PIQA")), plus(by["Dolly", s]["value"], by["Dolly", s]["stderr"]),
+    rows = [[NAMES[s], *(plus(100 * by[t, s]["value"], 100 * by[t, s]["stderr"], 1) for t in accuracy), plus(by["Dolly", s]["value"], by["Dolly", s]["stderr"]),
              plus(by["Dolly", s]["vs_full"], by["Dolly", s]["vs_full_stderr"]) if s != "full" else ""] for s in ("full", "full+h2o", "predictor", "predictor+h2o", "full+local")]
-    head = ["", *(f"{t}, 5-shot accuracy ({by[t, 'full']['n']} rows)" for t in ("COPA", "PIQA")), f"Dolly, NLL ({by['Dolly', 'full']['n']} rows)", "NLL against full (paired)"]
+    head = ["", *(f"{t}, 5-shot accuracy ({by[t, 'full']['n']} rows)" for t in accuracy), f"Dolly, NLL ({by['Dolly', 'full']['n']} rows)", "NLL against full (paired)"]
     return markdown(head, rows) + source(*files.values())
 
 
@@ -118,7 +119,7 @@ def study(name):
 
 
 TABLES = {"nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
-          "losses": lambda: study("smollm2_losses"), "reductions": lambda: study("smollm2_reductions"), "open": lambda: study("smollm2_open/"),
+          "losses": lambda: study("smollm2_losses"), "targets": lambda: study("smollm2_targets"), "open": lambda: study("smollm2_open/"),
           "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}
 
@@ -133,8 +134,11 @@ def render(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curve", action="store_true", help="draw results/smollm2_training.png from the log beside it (needs matplotlib)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table has drifted")
     args = parser.parse_args()
+    if args.curve:
+        curve(result("smollm2_training")["log"], ROOT / "results" / "smollm2_training.png")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = render(old)

@@ -258,7 +258,7 @@ def curve(log, path):
     for name in ("random", "recent", "sdtp", "oracle", "full"):
         right.plot([step for step, _ in found], [report[f"nll_{name}"] for _, report in found], marker="o", ms=3, label=name)
     right.set(xlabel="step", ylabel="NLL per token, held-out rows")
-    right.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8)
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 

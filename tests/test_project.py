@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+import report
 from conftest import ROOT
 
 MODULES = [ROOT / f"{name}.py" for name in ("model", "saliency", "predictor", "prune", "train", "infer")]
@@ -26,6 +27,11 @@ def test_nothing_is_unpickled_and_no_code_of_a_checkpoint_is_run():
 def test_model_imports_none_of_ours():
     text = MODULES[0].read_text()
     assert not re.search(r"^\s*(from|import) (common|saliency|predictor|prune|train|infer|eval)\b", text, re.M)
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- table ") >= 5 and report.render(text) == text, "run python report.py"
 
 
 def test_the_readmes_map_points_at_what_is_there():
