@@ -87,7 +87,9 @@ def write_rows(path, n):
 def test_rows_split_and_encoding(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", 25)
     train, heldout = read_rows(path, "train"), read_rows(path, "heldout")
-    assert len(train) == 23 and len(heldout) == 2 and train + heldout == read_rows(path)
+    everything = read_rows(path)
+    assert len(everything) == 25 and train == everything[:23]
+    assert heldout == everything[24:], "row 23 has the context of a training row; 24 has none"
     example = encode_row(Letters(), train[2], max_response=3)
     assert example.prompt_len == 1 + len("q02\n\ncc") and len(example.tokens) == example.prompt_len + 3
     found = examples(Letters(), path, "train", min_prompt=7, max_prompt=7, context=True)
