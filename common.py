@@ -1,7 +1,7 @@
 """What the commands share and the paper does not speak of: rows of a data file, options, errors, provenance of a result.
 
 Data files hold one JSON object a line with instruction, context and response (databricks-dolly-15k's layout). The last
-tenth of such a file is held out: train.py never reads it, eval.py's task nll reads nothing else.
+tenth of such a file is never trained on: the first half of it is held out for eval.py, the other half for choosing.
 """
 import argparse
 import hashlib
@@ -31,8 +31,8 @@ class Example(NamedTuple):
 def read_rows(path, split="all", fields=("instruction", "context", "response")):
     """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
 
-    split: "train" = the first 90%, "heldout" = the last 10% (never trained on) without those whose context is that of a
-    training row, "all".
+    split: "train" = the first 90%, "heldout" = the next 5% (to measure on), "validation" = the last 5% (to choose by), both
+    without the rows whose context is that of a training row; "all".
     """
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
@@ -54,9 +54,9 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
     cut = len(rows) - max(1, len(rows) // 10)
-    if split == "heldout":
-        known = {row["context"] for row in rows[:cut] if row.get("context")}
-        return [row for row in rows[cut:] if row.get("context") not in known]
+    if split in ("heldout", "validation"):
+        known, middle = {row["context"] for row in rows[:cut] if row.get("context")}, len(rows) - len(rows) // 20
+        return [row for row in (rows[cut:middle] if split == "heldout" else rows[middle:]) if row.get("context") not in known]
     return rows if split == "all" else rows[:cut]
 
 

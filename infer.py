@@ -150,7 +150,7 @@ def load_pruning(args):
     predictors, metadata = load_predictors(path, model)
     schedule = schedule_from(args, len(model.blocks), metadata["schedule"])
     asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]
-    if any(name.startswith(("predictor", "module", "compress")) for name in asked):
+    if any(name.startswith(("predictor", "prior", "compress")) for name in asked):
         load_predictors(path, model, schedule)                       # other stage positions are refused, other keep ratios are not
     return model, schedule, predictors, metadata
 
@@ -176,7 +176,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
-    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("context"))
+    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0))
     if args.compile:                # all but attention and the cache, whose lengths are plain numbers and would each be compiled anew
         for block in model.blocks:
             block.qkv, block.mix = (torch.compile(part, dynamic=True) for part in (block.qkv, block.mix))

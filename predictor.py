@@ -154,7 +154,7 @@ def save_predictors(path, predictors, config, schedule, **notes):
 
 
 def load_predictors(path, model, schedule=None):
-    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata: "schedule" and "context" are dicts).
+    """Read predictors made for `model` -> (nn.ModuleList on its device and in its dtype, metadata: "schedule" a dict, "prior" a number).
 
     If a schedule is given, its stages must stand after the same blocks; another keep ratio is fine, a ranking serves any.
     """
@@ -164,10 +164,9 @@ def load_predictors(path, model, schedule=None):
     try:
         made = metadata["schedule"] = json.loads(metadata["schedule"])
         stages, first, step = made["stages"], made["first"], made["step"]
-        context = metadata["context"] = json.loads(metadata.get("context", "{}"))
-        need(all(type(v) is int for v in (stages, first, step, context.get("window", 0))) and 1 <= stages <= 1000, "")
-        need(0 <= context.get("window", 0) <= 10**6 and abs(float(context.get("position", 0))) < 1e6, "")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        prior = metadata["prior"] = float(metadata.get("prior", 0))
+        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000 and abs(prior) < 1e6, "")
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: the schedule in its metadata is damaged") from None
     places = [first + step * s for s in range(stages)]
     if schedule:

@@ -206,23 +206,12 @@ def nll(model, tokens, prompt_len, schedule=None, scorer=None):
 # -------------------------------------------------------------------------- scorers: (stage, x (B, n, D), pos (B, n)) -> (B, n)
 
 
-class Context(NamedTuple):
-    """Beyond the paper: what a token's own state hardly tells, added to its score's rank (train.py --calibrate chooses)."""
-    window: int = 0                 # + the mean rank of this many neighbours: whole phrases stay or go
-    position: float = 0.0           # + position * (1 - pos / N): above 0 what stands early is preferred
-
-
-def predictor_scorer(predictors, context=Context()):
-    """The paper's: the stage's trained module; a Context other than the empty one turns its scores into ranks, 0 to 1."""
+def predictor_scorer(predictors, prior=0.0):
+    """The paper's: the stage's trained module. A prior other than 0 is beyond it: to the score's rank, 0 to 1, prior * (1 - pos / N)
+    is added, because one hidden state hardly tells where in the prompt its token stands; above 0 early tokens are preferred."""
     def scorer(stage, x, pos):
         s = score(predictors[stage](x))
-        if any(context):
-            s = s.argsort(1).argsort(1) / s.shape[1]
-        if context.window:
-            s = s + F.avg_pool1d(s[:, None], context.window | 1, 1, context.window // 2, count_include_pad=False)[:, 0]
-        if context.position:
-            s = s + context.position * (1 - pos / (pos[:, -1:] + 1))                             # the last token is always there
-        return s
+        return s.argsort(1).argsort(1) / s.shape[1] + prior * (1 - pos / (pos[:, -1:] + 1)) if prior else s  # the last token always survives
     return scorer
 
 
@@ -269,18 +258,15 @@ def oracle_scorer(saliency):
     return lambda stage, x, pos: saliency[stage].gather(1, pos)
 
 
-SCORERS = ("predictor", "module", "random", "recent", "earliest", "norm", "attention", "attention16")
+SCORERS = ("predictor", "prior", "random", "recent", "earliest", "norm", "attention", "attention16")
 
 
-def make_scorer(name, model, schedule, predictors=None, seed=0, context=None):
-    """A scorer by its name on a command line: "predictor" with its calibrated context (a dict), "module" without.
-
-    The oracle needs a saliency and is made by the caller.
-    """
+def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
+    """A scorer by its name on a command line ("prior": the predictors with their calibrated prior); the oracle is made by the caller."""
     need(name in SCORERS, f"unknown scorer {name!r}; there are {', '.join(SCORERS)}")
-    if name in ("predictor", "module"):
+    if name in ("predictor", "prior"):
         need(predictors is not None, "no trained predictors for this checkpoint: run train.py, or name a file with --predictors, or use --scorer")
-        return predictor_scorer(predictors, Context(**(context or {})) if name == "predictor" else Context())
+        return predictor_scorer(predictors, prior if name == "prior" else 0.0)
     if name.startswith("attention"):
         return attention_scorer(model, schedule, 16 if name == "attention16" else None)
     return {"random": lambda: random_scorer(seed), "recent": recent_scorer, "earliest": earliest_scorer, "norm": norm_scorer}[name]()

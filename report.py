@@ -15,7 +15,7 @@ from model import need
 from train import curve
 
 ROOT = Path(__file__).resolve().parent
-NAMES = {"full": "full model", "predictor": "**trained predictors**", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",
+NAMES = {"full": "full model", "predictor": "**trained predictors**", "prior": "**trained predictors with the position prior** (beyond the paper)", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",
          "earliest": "first tokens", "norm": "largest hidden state", "attention": "attention received, all queries", "attention16": "attention received, last 16 queries",
          "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)", "oracle:norm_g": "gradient oracle, norm of g", "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
          "predictor@5": "trained predictors, 5 stages (SDTP-low)", "compress": "prompt compression by the same scores", "full+h2o": "H2O at 40%", "full+local": "latest 40% only",

@@ -22,12 +22,13 @@ import torch
 
 import train as training
 from common import Example, add_data_arguments, at_least, cli, digest, provenance, rows_from
-from eval import ratio, text_items
+from eval import ratio
 from infer import add_pruning_arguments
 from model import DTYPES, Tokenizer, load, need
 from predictor import load_predictors, save_tensors, score
 from prune import Schedule, nll, oracle_scorer, predictor_scorer, random_scorer, schedule_from
 from saliency import pyplot, saliency, sparsity
+from tasks import text_items
 
 RANK = ("--cls", "0", "--mse", "0", "--states", "marked")            # the ranking loss alone, on the unpruned states
 BEST = (*RANK, "--pairs", "saliency")

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
 from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
-from prune import Context, Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
+from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
 from saliency import REDUCE, mark, pyplot, reduce_saliency
 
 
@@ -141,16 +141,15 @@ def settings(model, rows, schedule, args):
     return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), digest(rows)])
 
 
-def calibrate(model, predictors, rows, schedule, windows=(0, 7, 15, 31), positions=(0.25, 0.5, 1.0, -0.25, -0.5)):
-    """Beyond the paper: the Context under which the pruned model finds these training rows likeliest; first its window, then its position."""
-    total, best = {}, Context()
-    for context in [Context(w) for w in windows] + [Context(None, p) for p in positions]:
-        context = context._replace(window=best.window) if context.window is None else context
-        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, context)) for e in rows]
-        total[context] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
-        best = min(total, key=total.get)
-        print(f"calibrating: {context} gives NLL {total[context]:.4f} on {len(rows)} training rows", flush=True)
-    return best
+def calibrate(model, predictors, rows, schedule, priors=(0.0, 0.25, 0.5, 1.0, -0.25, -0.5)):
+    """Beyond the paper: the prior of the scorer under which the pruned model finds these rows likeliest. Not the rows trained on: there
+    the predictors know more than they will know later, and the prior comes out too small."""
+    total = {}
+    for prior in priors:
+        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, prior)) for e in rows]
+        total[prior] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
+        print(f"calibrating: prior {prior} gives NLL {total[prior]:.4f} on {len(rows)} validation rows", flush=True)
+    return min(total, key=total.get)
 
 
 def save_state(path, predictors, optimizer, step, log, run):
@@ -186,7 +185,7 @@ def rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup * steps) / max(1, (1 - warmup) * steps)))
 
 
-def train(model, rows, heldout, schedule, args, out, held=None):
+def train(model, rows, heldout, schedule, args, out, held=None, validation=()):
     """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log."""
     torch.manual_seed(args.seed)
     S = len(schedule.after(len(model.blocks)))
@@ -238,9 +237,9 @@ def train(model, rows, heldout, schedule, args, out, held=None):
             save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
-    if args.calibrate:
-        context = calibrate(model, predictors.eval(), rows[:args.calibrate], schedule)
-        save_predictors(out, predictors, model.config, schedule, steps=step, context=json.dumps(context._asdict()), **notes)
+    if validation:
+        prior = calibrate(model, predictors.eval(), validation, schedule)
+        save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
     return log
 
 
@@ -287,7 +286,7 @@ def arguments():
                              "pass; with `marked` and no --cls and --distill the pruning pass is left out, which is twice as fast")
     parser.add_argument("--hold", action="store_true", help="hold every row's marking pass in memory (S x N x D values a row, with --distill its logits too): later epochs need no backbone with --states marked")
     parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
-                        help="beyond the paper: after training, choose how far the scores of a token's neighbours and its position count, by the pruned likelihood of this many training rows")
+                        help="beyond the paper: after training, choose how much a token's position counts, by the pruned likelihood of this many validation rows")
     parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
     parser.add_argument("--resume", action="store_true", help="go on from the state saved beside --out (from the start where there is none)")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
@@ -309,11 +308,12 @@ def main():
     schedule = schedule_from(args, len(model.blocks))
     rows = rows_from(args, tokenizer, "train")
     heldout = rows_from(args, tokenizer, "heldout", limit=args.report_rows) if args.report_rows else []
+    validation = rows_from(args, tokenizer, "validation", limit=args.calibrate) if args.calibrate else []
     out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
     out = out if out.suffix == ".safetensors" else out / "predictors.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    log = train(model, rows, heldout, schedule, args, out)
+    log = train(model, rows, heldout, schedule, args, out, validation=validation)
     if args.png:
         curve(log, args.png)
     print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")

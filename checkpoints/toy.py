@@ -216,10 +216,9 @@ def fresh_prompt(rng, tokenizer, least):
 def evaluate(n, seed, least, args):
     """Exact answers on fresh prompts, every scorer on the same ones; and how many of the asked facts' tokens live to the last stage."""
     model, schedule, predictors, metadata = load_pruning(args)
-    context = metadata.get("context")
     tokenizer, rng = Tokenizer(args.ckpt), random.Random(seed)
     prompts = [fresh_prompt(rng, tokenizer, least) for _ in range(n)]
-    names = ["full"] + [name for name in SCORERS if not (name == "predictor" and predictors is None or name == "module" and not context)]
+    names = ["full"] + [name for name in SCORERS if name != "prior" and (name != "predictor" or predictors is not None)]
     print(f"{n} fresh prompts of {min(p[1] for p in prompts)} to {max(p[1] for p in prompts)} tokens, stages after blocks {schedule.after(len(model.blocks))},"
           f" {schedule.pruned:.0%} dropped by the last stage\n{'scorer':12} exact answers   asked facts' tokens kept to the end")
     rows = []
@@ -227,7 +226,7 @@ def evaluate(n, seed, least, args):
         exact = kept = total = 0
         for i, (tokens, prompt_len, asked) in enumerate(prompts):
             tokens = tokens.to(model.device)
-            arm = (None, None) if name == "full" else (schedule, make_scorer(name, model, schedule, predictors, i, context))
+            arm = (None, None) if name == "full" else (schedule, make_scorer(name, model, schedule, predictors, i))
             logits, caches, trace = prefill(model, tokens[:, :prompt_len], *arm, room=tokens.shape[1])
             # greedy decoding gives the answer exactly when every answer token is the most likely one after those before it
             said = torch.cat((logits[:, None], extend(model, tokens[:, prompt_len:-1], prompt_len, caches)), 1).argmax(-1)

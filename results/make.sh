@@ -27,10 +27,10 @@ for task in copa piqa winogrande boolq; do
         limit=100 model=$real
         [[ $task == boolq ]] && model="--ckpt smollm2"               # yes and no differ by less than bfloat16 tells
         [[ $task$shots == boolq5 ]] && limit=40
-        make smollm2_${task}_$shots python eval.py $model --task $task --data $data/$task.jsonl --shots $shots --limit $limit --scorers full predictor module random recent attention
+        make smollm2_${task}_$shots python eval.py $model --task $task --data $data/$task.jsonl --shots $shots --limit $limit --scorers full predictor prior random recent attention
     done
 done
-make smollm2_lambada python eval.py $real --task lambada --data $data/lambada.jsonl --limit 120 --scorers full predictor module random recent attention
+make smollm2_lambada python eval.py $real --task lambada --data $data/lambada.jsonl --limit 120 --scorers full predictor prior random recent attention
 long="--task long --max-prompt 2048 --min-prompt 1024 --scorers full predictor predictor@5 compress random recent"
 make smollm2_multi_news python eval.py $real $long --rouge --data $data/multi_news.jsonl --limit 10
 make smollm2_qmsum python eval.py $real $long --rouge --data $data/qmsum.jsonl --limit 10

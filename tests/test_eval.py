@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import eval as evaluation
+import tasks
 from conftest import ROOT
-from eval import Answer, Item
 from model import Tokenizer
 from prune import H2O, Schedule, flops, nll, prefill, random_scorer
+from tasks import Answer, Item
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 
@@ -25,35 +26,35 @@ def jsonl(path, rows):
 
 
 def test_harness_formats():
-    context, choices, label = evaluation.as_choice("copa", {"premise": "The man ran.", "question": "cause", "choice1": "He was late.", "choice2": "It rained.", "label": 0})
+    context, choices, label = tasks.as_choice("copa", {"premise": "The man ran.", "question": "cause", "choice1": "He was late.", "choice2": "It rained.", "label": 0})
     assert (context, choices, label) == ("The man ran because", [("", " he was late."), ("", " it rained.")], 0)
-    context, choices, label = evaluation.as_choice("winogrande", {"sentence": "Ann asked Bea as _ was lost.", "option1": "Ann", "option2": "Bea", "answer": "2"})
+    context, choices, label = tasks.as_choice("winogrande", {"sentence": "Ann asked Bea as _ was lost.", "option1": "Ann", "option2": "Bea", "answer": "2"})
     assert (context, choices, label) == ("Ann asked Bea as", [(" Ann", " was lost."), (" Bea", " was lost.")], 1)
-    assert evaluation.as_choice("piqa", {"goal": "Do", "sol1": "a", "sol2": "b", "label": 1}) == ("Question: Do\nAnswer:", [("", " a"), ("", " b")], 1)
+    assert tasks.as_choice("piqa", {"goal": "Do", "sol1": "a", "sol2": "b", "label": 1}) == ("Question: Do\nAnswer:", [("", " a"), ("", " b")], 1)
     for label, gold in ((True, 1), ("true", 1), ("false", 0), (0, 0)):
-        assert evaluation.as_choice("boolq", {"passage": "P.", "question": "q", "label": label})[1:] == ([("", " no"), ("", " yes")], gold)
-    assert evaluation.as_choice("lambada", {"text": "the end of it"}) == ("the end of", [("", " it")], 0)
+        assert tasks.as_choice("boolq", {"passage": "P.", "question": "q", "label": label})[1:] == ([("", " no"), ("", " yes")], gold)
+    assert tasks.as_choice("lambada", {"text": "the end of it"}) == ("the end of", [("", " it")], 0)
 
 
 def test_few_shot_rows_are_never_scored(tokenizer, tmp_path):
     rows = [{"context": f"The {w} sells", "choices": [f"number {i}", "nothing"], "label": 0} for i, w in enumerate(["baker"] * 30)]
-    items = evaluation.choice_items(tokenizer, jsonl(tmp_path / "c.jsonl", rows), "choice", 100, 2, seed=0)
+    items = tasks.choice_items(tokenizer, jsonl(tmp_path / "c.jsonl", rows), "choice", 100, 2, seed=0)
     assert len(items) == 20                                          # ten are set apart
     text = tokenizer.decode(items[3].prompt)
     assert text.count("sells") == 3 and items[3].gold == 0
     drawn = {int(part.split()[1]) for item in items for part in tokenizer.decode(item.prompt).split("number")[1:] for part in ["number" + part]}
     assert drawn <= set(range(20, 30)) and len(drawn) > 3
-    again = evaluation.choice_items(tokenizer, tmp_path / "c.jsonl", "choice", 5, 2, seed=0)
+    again = tasks.choice_items(tokenizer, tmp_path / "c.jsonl", "choice", 5, 2, seed=0)
     assert again == items[:5]                                        # a larger limit changes no earlier row
 
 
 def test_rows_that_do_not_fit_are_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="row 1: not a row of piqa"):
-        evaluation.choice_items(tokenizer, jsonl(tmp_path / "x.jsonl", [{"goal": "g"}] * 30), "piqa", 5, 0, 0)
+        tasks.choice_items(tokenizer, jsonl(tmp_path / "x.jsonl", [{"goal": "g"}] * 30), "piqa", 5, 0, 0)
     with pytest.raises(ValueError, match="row 2: not a row of choice"):
-        evaluation.choice_items(tokenizer, jsonl(tmp_path / "y.jsonl", [{"context": "a", "choices": ["b"], "label": k} for k in (0, 1)] * 20), "choice", 5, 0, 0)
+        tasks.choice_items(tokenizer, jsonl(tmp_path / "y.jsonl", [{"context": "a", "choices": ["b"], "label": k} for k in (0, 1)] * 20), "choice", 5, 0, 0)
     with pytest.raises(ValueError, match="too few"):
-        evaluation.choice_items(tokenizer, jsonl(tmp_path / "z.jsonl", [{"context": "a", "choices": ["b"], "label": 0}] * 9), "choice", 5, 0, 0)
+        tasks.choice_items(tokenizer, jsonl(tmp_path / "z.jsonl", [{"context": "a", "choices": ["b"], "label": 0}] * 9), "choice", 5, 0, 0)
 
 
 @pytest.mark.parametrize("h2o", [None, H2O(1.0)])
@@ -80,10 +81,10 @@ def test_compression_keeps_the_mean_count_and_the_protected(tiny, tokens):
 
 
 def test_words_f1_and_rouge():
-    assert evaluation.f1("The Globe, in London!", "globe in london") == 1.0
-    assert evaluation.f1("paris", "london") == 0.0 and evaluation.f1("", "x") == 0.0
-    assert evaluation.f1("red red car", "red bus") == pytest.approx(2 / 5)
-    assert evaluation.rouge_l("one two three four", "one three five four") == pytest.approx(6 / 8)  # one three four
+    assert tasks.f1("The Globe, in London!", "globe in london") == 1.0
+    assert tasks.f1("paris", "london") == 0.0 and tasks.f1("", "x") == 0.0
+    assert tasks.f1("red red car", "red bus") == pytest.approx(2 / 5)
+    assert tasks.rouge_l("one two three four", "one three five four") == pytest.approx(6 / 8)  # one three four
 
 
 def test_arms():
@@ -137,23 +138,23 @@ def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypa
 
 def test_text_windows(tokenizer, tmp_path):
     path = jsonl(tmp_path / "t.jsonl", [{"text": "The fog moved behind the green mirrors."}] * 20)
-    items = evaluation.text_items(tokenizer, path, 30, 10, 3)
+    items = tasks.text_items(tokenizer, path, 30, 10, 3)
     ids, begin = sum((tokenizer.encode("The fog moved behind the green mirrors.\n", bos=False) for _ in range(20)), []), tokenizer.encode("")
     assert len(begin) == 1 and [item.prompt + item.answers[0].tokens for item in items] == [begin + ids[i:i + 39] for i in (0, 39, 78)]
     with pytest.raises(ValueError, match="one window needs 3999"):
-        evaluation.text_items(tokenizer, path, 3000, 1000, 3)
+        tasks.text_items(tokenizer, path, 3000, 1000, 3)
 
 
 def test_long_contexts_lose_their_middle(tokenizer, tmp_path):
     context = " ".join(f"Clara sells cups. Peter sells hats. The fog moved {w}." for w in ("behind", "near") * 20)
     path = jsonl(tmp_path / "l.jsonl", [{"input": "What does Clara sell?", "context": context, "answers": ["cups", "hats"]}])
     args = evaluation.argparse.Namespace(max_prompt=100, min_prompt=1, max_response=8, question="last", limit=5)
-    item, = evaluation.long_items(tokenizer, path, args, "plain")
+    item, = tasks.long_items(tokenizer, path, args, "plain")
     text = tokenizer.decode(item.prompt)
     assert len(item.prompt) <= 100 and text.endswith("what does Clara sell?".replace("what", "What")) and item.texts == ("cups", "hats")
     assert tokenizer.decode(item.answers[0].tokens).strip() == "cups"
     with pytest.raises(ValueError, match="row 1: expected text"):
-        evaluation.long_items(tokenizer, jsonl(tmp_path / "m.jsonl", [{"input": "q", "context": "c", "answers": []}]), args, "plain")
+        tasks.long_items(tokenizer, jsonl(tmp_path / "m.jsonl", [{"input": "q", "context": "c", "answers": []}]), args, "plain")
 
 
 def test_every_arm_on_the_toy(tokenizer):
@@ -161,10 +162,10 @@ def test_every_arm_on_the_toy(tokenizer):
     none = dict.fromkeys(("predictors", "device", "dtype", "first", "step", "stages", "keep", "sink", "local"))
     model, schedule, predictors, _ = load_pruning(evaluation.argparse.Namespace(ckpt="toy", **none))
     row = json.loads((ROOT / "checkpoints" / "toy" / "train.jsonl").read_text().splitlines()[-1])
-    example = evaluation.encode_row(tokenizer, row)
+    example = tasks.encode_row(tokenizer, row)
     item = Item(example.tokens[:example.prompt_len].tolist(), [Answer(example.tokens[example.prompt_len:].tolist(), 0, 1)], 0, (row["response"],))
-    arms = ["full", "full+h2o", "full+local", "predictor", "predictor@3", "predictor+h2o", "compress", "random", "oracle:norm_gx"]
-    found = evaluation.measure(model, item, arms, schedule, predictors, 0.0, 0, new=12, tokenizer=tokenizer)
+    arms = ["full", "full+h2o", "full+local", "predictor", "prior", "predictor@3", "predictor+h2o", "compress", "random", "oracle:norm_gx"]
+    found = evaluation.measure(model, item, arms, schedule, predictors, 0.5, 0, new=12, tokenizer=tokenizer)
     assert found["full"]["score"] == found["predictor"]["score"] == 1.0 and found["full"]["answers"][0][2]
     assert found["full"]["keep"] == 1.0 and found["predictor"]["keep"] < found["predictor@3"]["keep"] < 1.0
     assert found["compress"]["keep"] == pytest.approx(found["predictor"]["keep"], abs=0.01)

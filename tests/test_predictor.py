@@ -115,11 +115,11 @@ def saved(tmp_path, model, schedule, **notes):
 
 def test_predictors_file_round_trip(tmp_path, tiny):
     schedule = Schedule(1, 2, 3, 0.7)
-    path, predictors = saved(tmp_path, tiny, schedule, reduce="norm_g")
+    path, predictors = saved(tmp_path, tiny, schedule, reduce="norm_g", prior=0.5)
     again, metadata = load_predictors(path, tiny)
     x = rand(1, 9, 48)
     assert all(torch.equal(a(x), b(x)) for a, b in zip(predictors, again))
-    assert metadata["reduce"] == "norm_g" and Schedule(**metadata["schedule"]) == schedule
+    assert metadata["reduce"] == "norm_g" and metadata["prior"] == 0.5 and Schedule(**metadata["schedule"]) == schedule
     assert list(tmp_path.iterdir()) == [path], "no temporary file is left behind"
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from conftest import tiny_model
 from model import SHAPES, positions
 from predictor import Predictor, score
-from prune import (Context, H2O, SCORERS, Schedule, attention_scorer, drop, extend, flops, kv_bytes, local_tokens, make_scorer, nll, norm_scorer, oracle_scorer,
+from prune import (H2O, SCORERS, Schedule, attention_scorer, drop, extend, flops, kv_bytes, local_tokens, make_scorer, nll, norm_scorer, oracle_scorer,
                    predictor_scorer, prefill, random_scorer, select)
 from saliency import saliency
 from train import masked_pass
@@ -262,25 +262,18 @@ def test_every_scorer_has_the_same_signature(tiny, tokens):
         make_scorer("predictor", tiny, SCHEDULE)
 
 
-def test_a_position_prior_is_added_to_the_ranks(tiny, tokens):
+def test_a_prior_is_added_to_the_ranks(tiny, tokens):
     x, pos, predictors = torch.randn(2, 60, 48), positions(tokens), predictors_for(tiny)
     s = score(predictors[0](x))
     assert torch.equal(predictor_scorer(predictors)(0, x, pos), s)
-    with_prior = predictor_scorer(predictors, Context(position=0.5))(0, x, pos)
+    with_prior = predictor_scorer(predictors, 0.5)(0, x, pos)
     for b in range(2):
         for i in (0, 17, 59):
             rank = (s[b] < s[b, i]).sum() / 60
             assert abs(with_prior[b, i] - (rank + 0.5 * (1 - i / 60))) < 1e-6
-    assert torch.equal(predictor_scorer(predictors, Context(position=1e6))(0, x, pos).argsort(1, descending=True), pos), "a huge prior keeps the earliest"
-
-
-def test_neighbours_scores_are_averaged_over_the_survivors(tiny, tokens):
-    x, pos, predictors = torch.randn(1, 40, 48), positions(tokens)[:1, :40] * 1, predictors_for(tiny)
-    rank = score(predictors[1](x)).argsort(1).argsort(1)[0] / 40
-    found = predictor_scorer(predictors, Context(window=7))(1, x, pos)[0]
-    for i in (0, 2, 20, 39):
-        near = rank[max(0, i - 3):i + 4]
-        assert abs(found[i] - (rank[i] + near.mean())) < 1e-6
+    assert torch.equal(predictor_scorer(predictors, 1e6)(0, x, pos).argsort(1, descending=True), pos), "a huge prior keeps the earliest"
+    assert torch.equal(make_scorer("prior", tiny, SCHEDULE, predictors, prior=0.5)(0, x, pos), with_prior)
+    assert torch.equal(make_scorer("predictor", tiny, SCHEDULE, predictors, prior=0.5)(0, x, pos), s)
 
 
 def test_attention_received_sums_to_heads_times_queries(tiny, tokens):

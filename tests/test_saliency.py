@@ -85,15 +85,15 @@ def write_rows(path, n):
 
 
 def test_rows_split_and_encoding(tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", 25)
-    train, heldout = read_rows(path, "train"), read_rows(path, "heldout")
+    path = write_rows(tmp_path / "d.jsonl", 60)
+    train, heldout, validation = (read_rows(path, split) for split in ("train", "heldout", "validation"))
     everything = read_rows(path)
-    assert len(everything) == 25 and train == everything[:23]
-    assert heldout == everything[24:], "row 23 has the context of a training row; 24 has none"
+    assert len(everything) == 60 and train == everything[:54]
+    assert heldout == everything[54:55] and validation == everything[57:58], "the others have the context of a training row"
     example = encode_row(Letters(), train[2], max_response=3)
     assert example.prompt_len == 1 + len("q02\n\ncc") and len(example.tokens) == example.prompt_len + 3
     found = examples(Letters(), path, "train", min_prompt=7, max_prompt=7, context=True)
-    assert [e.prompt_len for e in found] == [7] * len(found) and len(found) == 8
+    assert [e.prompt_len for e in found] == [7] * len(found) and len(found) == 18
     with pytest.raises(ValueError, match="no train row"):
         examples(Letters(), path, "train", min_prompt=100)
 

@@ -8,7 +8,7 @@ from common import Example
 from conftest import tiny_model
 from model import masked_attention, positions, visible
 from predictor import Predictor, load_predictors, load_tensors
-from prune import Context, Schedule
+from prune import Schedule
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 
@@ -73,10 +73,10 @@ def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients())) and len(calls) == 5
 
 
-def test_calibration_finds_the_context_that_the_rows_want(tiny, monkeypatch):
-    monkeypatch.setattr(T, "predictor_scorer", lambda predictors, context: context)
-    monkeypatch.setattr(T, "nll", lambda model, tokens, n, schedule, c: torch.full((1, 3), abs(c.window - 15) + abs(c.position - 0.5)))
-    assert T.calibrate(tiny, None, rows(2), SCHEDULE) == Context(15, 0.5)
+def test_calibration_finds_the_prior_that_the_rows_want(tiny, monkeypatch):
+    monkeypatch.setattr(T, "predictor_scorer", lambda predictors, prior: prior)
+    monkeypatch.setattr(T, "nll", lambda model, tokens, n, schedule, prior: torch.full((1, 3), abs(prior + 0.25)))
+    assert T.calibrate(tiny, None, rows(2), SCHEDULE) == -0.25
 
 
 def test_the_masks_gradient_is_that_of_letting_a_token_in_a_little():
