@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Every table of the README from nothing: bash results/make.sh DATA, where DATA is a folder with the data sets' JSONL files.
 # A result that is there already is not measured again; a command that was stopped goes on where it was.
+# RESULTS=FOLDER bash results/make.sh DATA measures everything anew into another folder, to compare.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: bash results/make.sh DATA [NAME ...]}
 shift
 only=" $* "
+results=${RESULTS:-results}
 
-make() {    # make NAME COMMAND...: the JSON object on the command's last line becomes results/NAME.json
+make() {    # make NAME COMMAND...: the JSON object on the command's last line becomes $results/NAME.json
     local name=$1
     shift
-    if [[ -e results/$name.json || ($only != "  " && $only != *" $name "*) ]]; then return; fi
+    if [[ -e $results/$name.json || ($only != "  " && $only != *" $name "*) ]]; then return; fi
     echo "== $name: $*"
     "$@" --json | tee "out/$name.log"
     tail -n 1 "out/$name.log" | python -m json.tool --indent 1 > "out/$name.json"
-    mv "out/$name.json" "results/$name.json"
+    mv "out/$name.json" "$results/$name.json"
 }
-mkdir -p out
+mkdir -p out "$results"
 real="--ckpt smollm2 --dtype bfloat16"
 dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
 
@@ -43,5 +45,5 @@ study="python study.py $real $dolly"
 make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
 make smollm2_targets $study --table targets --rows 300 --limit 40
 make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
-make smollm2_figures $study --table figures --rows 100 --limit 16 --png results/smollm2
-python report.py
+make smollm2_figures $study --table figures --rows 100 --limit 16 --png "$results/smollm2"
+if [[ $results == results ]]; then python report.py; fi
