@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 
 from common import cli
-from model import need
+from model import SHAPES, need
+from prune import Schedule, flops, kv_bytes
 from train import curve
 
 ROOT = Path(__file__).resolve().parent
@@ -37,9 +38,10 @@ def source(*names):
     """What stands under a table: command, rows, commit and hardware."""
     first = result(names[0])
     commits, hardware, dtypes = (", ".join(dict.fromkeys(str(result(n)[key]) for n in names)) for key in ("commit", "hardware", "dtype"))
-    minutes = sum(result(name).get("seconds", 0) for name in names) / 60
+    seconds = sum(result(name).get("seconds") or 0 for name in names)
+    spent = f"{seconds / 60:.0f} min on " if seconds > 90 else f"{seconds:.0f} s on " if seconds else ""
     return (f"\n\n`{first['command']}`" + (" and the like" if len(names) > 1 else "")
-            + f" ({', '.join(f'[{name}.json](results/{name}.json)' for name in names)}; {minutes:.0f} min on {hardware}, {dtypes}; commit {commits})")
+            + f" ({', '.join(f'[{name}.json](results/{name}.json)' for name in names)}; {spent}{hardware}, {dtypes}; commit {commits})")
 
 
 def plus(value, error, digits=3):
@@ -48,6 +50,25 @@ def plus(value, error, digits=3):
 
 def percent(value, error):
     return f"{value:.0%} ± {error:.0%}"
+
+
+def toy():
+    """Exact answers of the toy under every scorer, best first."""
+    rows = sorted(result("toy_exact")["rows"], key=lambda r: -r["value"])
+    return markdown(["kept by", f"exact answers, {rows[0]['n']} fresh prompts of 400 to 434 tokens", "asked facts' tokens alive at the end"],
+                    [[NAMES[r["scorer"]], f"{r['value']:.1%} ± {r['stderr']:.1%}", f"{r['fact_tokens_kept']:.0%}"] for r in rows]) + source("toy_exact")
+
+
+def flop_table(shape="mistral-7b"):
+    """Table 2's accounting, computed and not measured."""
+    config, schedule, rows = SHAPES[shape], Schedule(), []
+    L = config.n_blocks
+    for n, printed in zip((4096 * 2 ** i for i in range(6)), (72.51, 158.22, 369.22, 949.54, 2743.46, 8864.49)):
+        counts = schedule.counts(n, L)
+        full, sdtp = flops(config, [n] * L), flops(config, counts, schedule=schedule)
+        rows.append([f"{n // 1024}K", f"{full / 1e12:.2f}", f"{sdtp / 1e12:.2f}", f"{1 - sdtp / full:.1%}", f"{full / sdtp:.2f}x", f"{flops(config, [n] * L, 'paper') / 1e12:.2f}", printed,
+                     f"{kv_bytes(config, [n] * L) / 1e9:.2f} -> {kv_bytes(config, counts) / 1e9:.2f} GB"])
+    return markdown(["N", "exact, full", "exact, SDTP", "saved", "ideal speed-up", "the paper's accounting, full", "the paper prints", "KV cache, full -> SDTP"], rows)
 
 
 def likelihood(name):
@@ -118,7 +139,7 @@ def study(name):
     return markdown(["variant", f"NLL per token ({found[0]['n']} rows)", "tokens kept", "share of gap"] + ([] if group else ["against the first row (paired)"]), rows) + source(name)
 
 
-TABLES = {"nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
+TABLES = {"toy": toy, "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
           "losses": lambda: study("smollm2_losses"), "targets": lambda: study("smollm2_targets"), "open": lambda: study("smollm2_open/"),
           "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}
