@@ -24,9 +24,9 @@ from torch import nn
 
 from common import TEMPLATES, at_least, cli, hardware, prompt_text, provenance, read_rows
 from model import DTYPES, Tokenizer, find, load, need
+from pictures import dropped_at, survivors_page, survivors_text
 from predictor import Predictor, load_predictors
 from prune import H2O, SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
-from survivors import dropped_at, survivors_page, survivors_text
 
 
 class Generation(NamedTuple):
@@ -46,13 +46,16 @@ def clock(device):
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None, temperature=0.0, eos=None, generator=None):
+def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None, temperature=0.0, eos=None, generator=None, static=False):
     """Prefill (pruned where a schedule and a scorer are given), then decode: tokens (1, N) -> Generation.
 
-    h2o: a prune.H2O, or the share of the KV cache it keeps (0.4 in Table 6), to compress the caches, pruned or not. eos: token ids that end the text (default: the model's; () to go on to max_new_tokens). temperature 0 is greedy.
+    h2o: a prune.H2O, or the share of the KV cache it keeps (0.4 in Table 6), to compress the caches, pruned or not.
+    eos: token ids that end the text (default: the model's; () to go on to max_new_tokens). temperature 0 is greedy.
+    static: decode by `static_decode`.
     """
     need(max_new_tokens > 0, "max_new_tokens must be at least 1")
     need(0 <= temperature < float("inf"), f"temperature {temperature}: expected 0 (greedy) or more")
+    need(not (static and h2o), "H2O changes the caches, so it cannot decode in static shapes: leave out --h2o or --compile")
     h2o = H2O(h2o) if isinstance(h2o, float) else h2o
     N, eos, new = tokens.shape[1], model.config.eos if eos is None else eos, []
     start = clock(model.device)
@@ -67,62 +70,70 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
     token = choose(logits)
     new.append(token.item())
     first = clock(model.device)
+    step = static_decode(model, caches, N, N + max_new_tokens) if static and max_new_tokens > 1 else None
+    begin = clock(model.device)                                      # recording a graph is not part of a token's time
     while len(new) < max_new_tokens and new[-1] not in eos:
-        token = choose(extend(model, token, N + len(new) - 1, caches, h2o)[:, -1])
+        token = choose(step(token) if step else extend(model, token, N + len(new) - 1, caches, h2o)[:, -1])
         new.append(token.item())
-    decode_s = (clock(model.device) - first) / max(1, len(new) - 1)
+    decode_s = (clock(model.device) - begin) / max(1, len(new) - 1)
+    for cache in caches:
+        cache.n += (len(new) - 1) * (cache.slot is not None)         # a static cache counts on the device
     return Generation(new, trace, counts, first - start, decode_s, sum(cache.bytes for cache in caches))
 
 
-# --------------------------------------------------------------------------------------------------------------- bench
+@torch.no_grad()
+def static_decode(model, caches, start, end):
+    """One decode step in shapes that never change: -> step(token (B, 1)) -> logits (B, V), for positions start up to end - 1.
+
+    The caches become static, ragged as they are. On cuda the step is recorded once, as a CUDA graph, and replayed.
+    """
+    for cache in caches:
+        cache.static()
+    token, pos = torch.zeros_like(caches[0].pos[:, :1]), torch.full_like(caches[0].pos[:, :1], start)
+
+    def advance():
+        logits = extend(model, token, pos, caches, end=end)[:, -1]
+        for counter in (pos, *(cache.slot for cache in caches)):
+            counter.add_(1)
+        return logits
+
+    if model.device.type != "cuda":
+        return lambda new: (token.copy_(new), advance())[1]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):          # a warm-up before recording; what it wrote into the next place is written over by the first step
+            advance()
+            for counter in (pos, *(cache.slot for cache in caches)):
+                counter.sub_(1)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):   # recorded, not run
+        logits = advance()
+    return lambda new: (token.copy_(new), graph.replay(), logits)[2]
 
 
-def peak_memory(device, reset=False):
-    """Peak bytes since the last call with reset: of the device's allocator on cuda, of the process elsewhere (None where unknown)."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return None
+@torch.no_grad()
+def generate_batch(model, prompts, max_new_tokens, schedule=None, scorer=None, eos=None):
+    """Several prompts in one pass, greedily: B lists of token ids, of any length -> B lists of new ones (up to and with eos).
 
-
-def bench(model, lengths, schedule, scorer, new=128, repeats=5):
-    """Table 2: per prompt length both arms in turn, the same code, after a warm-up. Times in seconds, sizes in bytes."""
-    rows, L = [], len(model.blocks)
-    print(f"{hardware(model.device)}, {str(model.dtype).removeprefix('torch.')}, {new} new tokens; prefill: median of {repeats}, decode: one run\n"
-          "      N  ideal   prefill s: full    SDTP  speed-up   decode ms: full   SDTP   end to end s: full   SDTP  speed-up   peak GB: full   SDTP   KV GB: full   SDTP")
-    for n in lengths:
-        tokens = torch.randint(0, model.config.vocab, (1, n), generator=torch.Generator().manual_seed(n)).to(model.device)
-        arms = {"full": (None, None), "sdtp": (schedule, scorer)}
-        times, row = {arm: [] for arm in arms}, {"n": n}
-        for arm in 2 * list(arms.values()):                          # warm-up, twice: the second finds what the first made compile anew
-            generate(model, tokens, min(new, 4), *arm, eos=())
-        for _ in range(repeats):
-            for name, arm in arms.items():
-                begin = clock(model.device)
-                prefill(model, tokens, *arm)[0].argmax().item()
-                times[name].append(clock(model.device) - begin)
-        for name, arm in arms.items():
-            peak_memory(model.device, reset=True)
-            run = generate(model, tokens, new, *arm, eos=())
-            prefill_s = statistics.median(times[name])
-            row[name] = {"prefill_s": prefill_s, "prefill_spread_s": [min(times[name]), max(times[name])], "decode_s": run.decode_s,
-                         "e2e_s": prefill_s + run.decode_s * (new - 1), "peak_bytes": peak_memory(model.device), "kv_bytes": run.kv_bytes}
-        counts = schedule.counts(n, L)
-        row["ideal"] = flops(model.config, [n] * L) / flops(model.config, counts, schedule=schedule)
-        full, sdtp = row["full"], row["sdtp"]
-        row["speedup"] = {"prefill": full["prefill_s"] / sdtp["prefill_s"], "e2e": full["e2e_s"] / sdtp["e2e_s"]}
-        row["share_of_ideal"] = row["speedup"]["prefill"] / row["ideal"]
-        gb = [f"{(arm[key] or 0) / 1e9:8.2f}" for key in ("peak_bytes", "kv_bytes") for arm in (full, sdtp)]
-        print(f"{n:7d} {row['ideal']:5.2f}x {full['prefill_s']:17.3f} {sdtp['prefill_s']:7.3f} {row['speedup']['prefill']:8.2f}x {1e3 * full['decode_s']:17.2f} {1e3 * sdtp['decode_s']:6.2f}"
-              f" {full['e2e_s']:20.3f} {sdtp['e2e_s']:6.3f} {row['speedup']['e2e']:8.2f}x    {gb[0]} {gb[1]}    {gb[2]} {gb[3]}", flush=True)
-        rows.append(row)
-    return rows
+    Each row is pruned by its own counts, so it reads what `generate` gives it alone (not with scorers that look at the
+    whole batch: random, attention of the last queries).
+    """
+    need(prompts and all(prompts), "a batch needs at least one prompt, and no empty one")
+    lengths, eos = [len(p) for p in prompts], model.config.eos if eos is None else eos
+    N = max(lengths)
+    tokens = torch.tensor([p + [0] * (N - len(p)) for p in prompts], device=model.device)
+    logits, caches, _ = prefill(model, tokens, schedule, scorer, max_new_tokens, lengths=lengths)
+    pos = torch.tensor(lengths, device=model.device)[:, None]
+    new = [logits.argmax(-1, keepdim=True)]
+    ended = torch.isin(new[0], pos.new_tensor(eos))
+    while len(new) < max_new_tokens and not ended.all():
+        new.append(extend(model, new[-1], pos, caches, end=N + len(new))[:, -1].argmax(-1, keepdim=True))
+        ended |= torch.isin(new[-1], pos.new_tensor(eos))
+        pos = pos + 1
+    rows = torch.cat(new, 1).tolist()
+    return [row[:next((i for i, t in enumerate(row, 1) if t in eos), len(row))] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -170,7 +181,11 @@ def main():
     parser.add_argument("--html", metavar="FILE", help="write the survivors as a self-contained page")
     parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N", help="print Table 2's rows for these prompt lengths")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="--bench: timed runs per row")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, attention apart (lengths dynamic)")
+    parser.add_argument("--vs", choices=("transformers",), help="--bench: a third arm, transformers' Llama on the same weights (needs transformers)")
+    parser.add_argument("--profile", action="store_true", help="--bench: then say which operators take the time, at the longest prompt")
+    parser.add_argument("--png", metavar="FILE", help="--bench: draw cost against length (needs matplotlib)")
+    parser.add_argument("--batch", type=at_least(1), metavar="B", help="answer the first B held-out rows of --data in one batch, full and pruned")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, attention apart (lengths dynamic), and decode in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print everything measured as one JSON object on the last line")
     args = parser.parse_args()
@@ -182,11 +197,40 @@ def main():
             block.qkv, block.mix = (torch.compile(part, dynamic=True) for part in (block.qkv, block.mix))
     result = {**provenance(model), "ckpt": args.ckpt, "scorer": args.scorer, "schedule": schedule.__dict__}
     if args.bench:
-        result["bench"] = bench(model, args.bench, schedule, scorer, args.max_new_tokens or 128, args.repeats)
+        from bench import bench, profile
+        from pictures import cost_against_length
+        result["bench"] = bench(model, args.bench, schedule, scorer, args.max_new_tokens or 128, args.repeats, args.vs, args.compile)
+        if args.compile:            # one graph per part of a block, shape family and mode: many more would be a recompile storm
+            result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            print(f"torch.compile made {result['graphs']} graphs for {len(model.blocks)} blocks and {len(args.bench)} lengths")
+        if args.profile:
+            result["profile"] = profile(model, max(args.bench), schedule, scorer)
+        if args.png:
+            cost_against_length(result["bench"], args.png, f"{args.ckpt}, {hardware(model.device)}, {str(model.dtype).removeprefix('torch.')}")
+    elif args.batch:
+        result["batch"] = batch(args, model, schedule, scorer, metadata)
     else:
         result |= side_by_side(args, model, schedule, scorer, metadata)
     if args.json:
         print(json.dumps(result))
+
+
+def batch(args, model, schedule, scorer, metadata):
+    """The first rows of the data in one batch, under both arms: texts and tokens a second."""
+    tokenizer, found = Tokenizer(args.ckpt), []
+    rows = read_rows(args.data or find(args.ckpt) / "train.jsonl", "heldout")[:args.batch]
+    prompts = [tokenizer.encode(prompt_text(row, args.template or metadata.get("template", "plain"))) for row in rows]
+    print(f"{len(rows)} rows in one batch, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
+    for name, arm in (("full", (None, None)), ("sdtp", (schedule, scorer))):
+        generate_batch(model, prompts, 2, *arm)                      # a warm-up
+        start = clock(model.device)
+        new = generate_batch(model, prompts, args.max_new_tokens or 48, *arm)
+        seconds = clock(model.device) - start
+        found.append({"arm": name, "seconds": seconds, "texts": [tokenizer.decode([t for t in row if t not in model.config.eos]) for row in new]})
+        print(f"\n{name}: {seconds:.2f} s, {sum(map(len, prompts + new)) / seconds:.0f} tokens/s")
+        for row, text in zip(rows, found[-1]["texts"]):
+            print(f"  {text!r}   right {row['response']!r}")
+    return found
 
 
 def side_by_side(args, model, schedule, scorer, metadata):

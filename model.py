@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+PAD = 1 << 30     # the position of padding and of free places in a static cache: after every query, so none sees it
+MLP_CHUNK = 16384  # tokens that go through the SwiGLU at once: its inner width is several times D, and 131,072 tokens would need 15 GB
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -121,15 +124,27 @@ class KVCache:
         self.n = 0                  # tokens held; setting it back forgets the newest
         self.entered = 0            # tokens that came in, evicted ones too, and the attention that each key held has
         self.weight = None          # received, (B, G, n): kept by H2O alone (prune.evict)
+        self.padded = False         # some places hold no token of their row: only positions tell what may be seen
+        self.slot = None            # (1,) on the device: the place of the next token, once the cache is static
 
     def append(self, k, v, pos):
         """Add k, v (B, G, n, d) and pos (B, n); return all that is held: (B, G, self.n, d) twice and (B, self.n)."""
+        if self.slot is not None:
+            self.k.index_copy_(2, self.slot, k), self.v.index_copy_(2, self.slot, v), self.pos.index_copy_(1, self.slot, pos)
+            return self.k, self.v, self.pos
         end = self.n + k.shape[2]
         if end > self.k.shape[2]:
             raise ValueError(f"KV cache is full: {end} tokens for a capacity of {self.k.shape[2]}")
         self.k[:, :, self.n:end], self.v[:, :, self.n:end], self.pos[:, self.n:end] = k, v, pos
         self.n = end
         return self.k[:, :, :end], self.v[:, :, :end], self.pos[:, :end]
+
+    def static(self):
+        """From now on the whole memory is attended to and the shapes never change, as CUDA graphs need it: free places stand at
+        PAD. One token at a time; the caller moves `slot` on."""
+        self.pos[:, self.n:] = PAD
+        self.k[:, :, self.n:] = self.v[:, :, self.n:] = 0            # not seen, but 0 times what memory happened to hold may be nan
+        self.padded, self.slot = True, torch.tensor([self.n], device=self.k.device)
 
     def keep(self, index):
         """Keep the places at index (B, G, k), increasing, another choice per head; one more is free after them. The
@@ -195,7 +210,7 @@ class Block(nn.Module):
             k, v, pos = cache.append(k, v, pos)
         if keep is not None:
             y = masked_attention(q, k, v, visible(rope.pos, pos, rope.window), keep)
-        elif rope.window is None and (n == 1 or n == k.shape[2]):
+        elif rope.window is None and (n == k.shape[2] or n == 1 and not cache.padded):
             # survivors stay in order, so causal by index is causal by position; one new token sees everything held
             y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=k.shape[1] != q.shape[1])
         else:
@@ -206,7 +221,9 @@ class Block(nn.Module):
         """What follows attention: x (B, n, D), heads' outputs y (B, H, n, d) -> (B, n, D)."""
         x = x + self.o(y.transpose(1, 2).flatten(2))                 # (B, H, n, d) -> (B, n, H*d)
         h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        if x.shape[1] <= MLP_CHUNK:
+            return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + torch.cat([self.down(F.silu(self.gate(part)) * self.up(part)) for part in h.split(MLP_CHUNK, 1)], 1)
 
 
 def visible(pos_q, pos_k, window=None):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from common import at_least, cli
-from model import SHAPES, Config, KVCache, find, need, positions, visible
+from model import PAD, SHAPES, Config, KVCache, find, need, positions, visible
 from predictor import hidden_size, score
 
 
@@ -91,12 +91,27 @@ def select(score, pos, k, prompt_len, sink=4, local=0.1):
     """Which of the n tokens survive: score and pos (B, n) -> indices (B, k), increasing.
 
     Protected are the first `sink` positions, the last ceil(local * prompt_len) of the prompt, and everything after the
-    prompt. Among equal scores the earlier token wins, on every device.
+    prompt. Among equal scores the earlier token wins, on every device. Rows of different length: k and prompt_len are
+    lists of B, padding stands at PAD, and a row's indices beyond its own k are of no use, they only fill the batch.
     """
-    protected = (pos < sink) | (pos >= prompt_len - local_tokens(prompt_len, local))
+    ragged = not isinstance(k, int)
+    if ragged:
+        first_local = torch.tensor([[m - local_tokens(m, local)] for m in prompt_len], device=pos.device)
+        protected = (pos < sink) | (pos >= first_local) & (pos < PAD)
+        score = score.float().masked_fill(pos == PAD, -math.inf)
+    else:
+        protected = (pos < sink) | (pos >= prompt_len - local_tokens(prompt_len, local))
     finite = score.float().nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)  # only the protected are inf
     order = finite.masked_fill(protected, math.inf).argsort(dim=1, descending=True, stable=True)
-    return order[:, :k].sort(dim=1).values  # sorted: survivors stay in reading order, so causal attention stays causal
+    if not ragged:
+        return order[:, :k].sort(dim=1).values  # sorted: survivors stay in reading order, so causal attention stays causal
+    late = beyond(k, pos.device) * pos.shape[1]                      # what only fills the batch goes last
+    return (order[:, :max(k)] + late).sort(dim=1).values % pos.shape[1]
+
+
+def beyond(lengths, device):
+    """Which places of a right-padded batch are padding: B lengths -> (B, longest) bool."""
+    return torch.arange(max(lengths), device=device) >= torch.tensor(lengths, device=device)[:, None]
 
 
 def drop(x, pos, index):
@@ -141,11 +156,12 @@ def evict(block, x, rope, cache, h2o):
 
 
 @torch.no_grad()
-def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None):
+def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None, lengths=None):
     """Read the prompt, dropping tokens stage by stage; without a schedule nothing is dropped and it is the ordinary prefill.
 
     tokens (B, N). scorer(stage, x, pos) -> (B, n), see below. room: free places in every cache for tokens to come. With
-    an H2O, each cache is compressed once its block has read the prompt.
+    an H2O, each cache is compressed once its block has read the prompt. lengths: B prompt lengths of rows padded on the
+    right; each row is pruned by its own counts, its padding stands last and at PAD, where causal attention never looks.
     Returns the last position's logits (B, V), L caches (block l holds exactly the tokens that entered it) and the trace,
     a list of Stage. Raises ValueError for an empty prompt or one beyond the model's positions.
     """
@@ -153,12 +169,19 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None):
     L = len(model.blocks)
     need(N > 0, "the prompt is empty")
     need(not h2o or 0 < h2o.share <= 1 and 0 <= h2o.heavy <= 1, f"{h2o}: both are shares")
-    counts = schedule.counts(N, L) if schedule else [N] * L
+    need(lengths is None or len(lengths) == B and min(lengths) > 0 and max(lengths) == N, f"lengths {lengths} for a batch of {B} rows of {N}")
+    lengths = None if lengths is None or min(lengths) == N else list(lengths)
+    need(not (lengths and h2o), "H2O reads rows of one length only")
+    counts = schedule.counts(N, L) if schedule else [N] * L          # of the longest row, which has the most at every block
     after = schedule.after(L) if schedule else []
     need(scorer or not after, "a schedule needs a scorer")
     caches = [KVCache(model.config, B, n + room, tokens.device, model.dtype) for n in counts]
-    trace = []
+    trace, left = [], lengths
     pos = positions(tokens)
+    if lengths:
+        pos = pos.masked_fill(beyond(lengths, pos.device), PAD)
+        for cache in caches:
+            cache.padded = True
     rope = model.rope(pos, N)
     x = model.embed(tokens)                                          # (B, N, D)
     for i, block in enumerate(model.blocks, start=1):
@@ -167,23 +190,29 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None):
             evict(block, entered, rope, caches[i - 1], h2o)
         if i in after:
             scores = scorer(len(trace), x, pos)                      # (B, n)
-            index = select(scores, pos, counts[i], N, schedule.sink, schedule.local)
+            if lengths:
+                left = [schedule.kept(n, len(trace) + 1) for n in lengths]
+            index = select(scores, pos, left or counts[i], lengths or N, schedule.sink, schedule.local)
             seen = pos
             x, pos = drop(x, pos, index)                             # (B, k, D): physically shorter from here on
+            if lengths:
+                pos = pos.masked_fill(beyond(left, pos.device), PAD)
             rope = model.rope(pos, N)                                # original positions, never renumbered
             trace.append(Stage(i, seen, scores, pos))
-    return model.logits(x[:, -1:])[:, 0], caches, trace
+    last = x[:, -1] if not lengths else x[range(B), [n - 1 for n in left]]                       # (B, D)
+    return model.logits(last), caches, trace
 
 
 @torch.no_grad()
-def extend(model, tokens, start, caches, h2o=None):
+def extend(model, tokens, start, caches, h2o=None, end=None):
     """Decode: tokens (B, n) at positions start, start + 1, ... on top of the caches, which grow. -> logits (B, n, V).
 
     Positions go on at the prompt's original length, and each block attends to what its own cache holds. Under H2O one
-    token comes at a time, because every one may evict another.
+    token comes at a time, because every one may evict another. start: an int, or (B, 1) on the device for rows of
+    different length; then `end`, a position that none of them reaches, has to be given too.
     """
     need(not h2o or tokens.shape[1] == 1, "H2O decodes one token at a time")
-    rope = model.rope(start + positions(tokens), start + tokens.shape[1])
+    rope = model.rope(start + positions(tokens), start + tokens.shape[1] if end is None else end)
     x = model.embed(tokens)
     for block, cache in zip(model.blocks, caches):
         entered, x = x, block(x, rope, cache)
@@ -211,7 +240,11 @@ def predictor_scorer(predictors, prior=0.0):
     is added, because one hidden state hardly tells where in the prompt its token stands; above 0 early tokens are preferred."""
     def scorer(stage, x, pos):
         s = score(predictors[stage](x))
-        return s.argsort(1).argsort(1) / s.shape[1] + prior * (1 - pos / (pos[:, -1:] + 1)) if prior else s  # the last token always survives
+        if not prior:
+            return s
+        real = pos < PAD            # padding takes the lowest ranks, below 0
+        rank = s.masked_fill(~real, -math.inf).argsort(1).argsort(1) - (~real).sum(1, keepdim=True)
+        return rank / real.sum(1, keepdim=True) + prior * (1 - pos / (pos.where(real, 0).amax(1, keepdim=True) + 1))  # the last token always survives
     return scorer
 
 
@@ -239,16 +272,16 @@ def norm_scorer():
 def attention_scorer(model, schedule, last=None):
     """Attention that a token would receive in the block after the stage, summed over heads and (the `last`) queries."""
     def scorer(stage, x, pos):
+        need(last is None or not (pos == PAD).any(), "the last queries of padded rows are not at the end: use prompts of one length")
         block = model.blocks[schedule.after(len(model.blocks))[stage]]  # block b_s + 1: numbers count from 1, the list from 0
-        end = int(pos.max()) + 1
-        q, k, _ = block.qkv(x, model.rope(pos, end))
+        q, k, _ = block.qkv(x, model.rope(pos, 0))
         n, heads = pos.shape[1], q.shape[1]
         k = k.repeat_interleave(heads // k.shape[1], 1)
         received = torch.zeros(pos.shape, device=x.device)
         for i in range(0 if last is None else max(0, n - last), n, 256):  # 256 queries at a time: (B, H, 256, n)
             a = (q[:, :, i:i + 256] @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
             a = a.masked_fill(~visible(pos[:, i:i + 256], pos, model.config.window), -math.inf)
-            received += a.softmax(-1).sum((1, 2))
+            received += (a.softmax(-1) * (pos[:, None, i:i + 256, None] < PAD)).sum((1, 2))      # padding attends, but does not count
         return received
     return scorer
 

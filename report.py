@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common import cli
 from model import SHAPES, need
+from pictures import curve
 from prune import Schedule, flops, kv_bytes
-from train import curve
 
 ROOT = Path(__file__).resolve().parent
 NAMES = {"full": "full model", "predictor": "**trained predictors**", "prior": "**trained predictors with the position prior** (beyond the paper)", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",

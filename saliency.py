@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from common import add_data_arguments, at_least, cli, encode_row, provenance, rows_from
 from model import Tokenizer, load, need, positions
+from pictures import figure1, figure2, heat_text
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
 
@@ -76,50 +77,6 @@ def saliency(model, tokens, prompt_len, blocks, reduce="norm_gx"):
 def sparsity(s):
     """Share of tokens whose saliency is at most 10% of the largest of their row (Figure 2): s (..., n) -> (...)."""
     return (s <= 0.1 * s.amax(-1, keepdim=True)).float().mean(-1)
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def heat_text(s, labels, color):
-    """Figure 1 in the terminal: s (L, n) normalised per block, one line a token, one cell a block."""
-    s = s / s.amax(-1, keepdim=True).clamp(min=1e-30)
-    shades = " .:-=+*#%@"
-    lines = ["block " + "".join(f"{i:>2}" if i % 4 == 0 else "  " for i in range(1, len(s) + 1))]
-    for column, label in zip(s.T.tolist(), labels):
-        cells = "".join(f"\x1b[48;5;{232 + round(23 * v ** 0.5)}m  \x1b[0m" if color else 2 * shades[round(9 * v ** 0.5)] for v in column)
-        lines.append("      " + cells + "  " + label.replace("\n", "\\n"))
-    return "\n".join(lines)
-
-
-def figure1(s, labels, path):
-    plt = pyplot()
-    s = (s / s.amax(-1, keepdim=True).clamp(min=1e-30)).cpu()
-    fig, ax = plt.subplots(figsize=(max(6, 0.16 * len(labels)), 1.5 + 0.16 * len(s)))
-    image = ax.imshow(s, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(-0.5, len(labels) - 0.5, len(s) + 0.5, 0.5))
-    ax.set_xticks(range(len(labels)), [label.strip() or repr(label)[1:-1] for label in labels], rotation=90, fontsize=6)
-    ax.set(ylabel="block", title="Saliency, normalised per block")
-    fig.colorbar(image, ax=ax, pad=0.01)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def figure2(values, path, title):
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(6, 3.5))
-    ax.plot(range(1, len(values) + 1), values, marker="o", ms=3)
-    ax.set(xlabel="block", ylabel="sparsity", ylim=(0, 1), title=title)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def pyplot():
-    """matplotlib, an optional extra, without a display."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("pictures need the optional package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def main():

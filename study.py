@@ -25,9 +25,10 @@ from common import Example, add_data_arguments, at_least, cli, digest, provenanc
 from eval import ratio
 from infer import add_pruning_arguments
 from model import DTYPES, Tokenizer, load, need
+from pictures import sweep
 from predictor import load_predictors, save_tensors, score
 from prune import Schedule, nll, oracle_scorer, predictor_scorer, random_scorer, schedule_from
-from saliency import pyplot, saliency, sparsity
+from saliency import saliency, sparsity
 from tasks import text_items
 
 RANK = ("--cls", "0", "--mse", "0", "--states", "marked")            # the ranking loss alone, on the unpruned states
@@ -126,18 +127,9 @@ def figures(model, rows, heldout, args):
         if 4 + 3 * (stages - 1) < L:
             found += compare(model, heldout, Schedule(4, 3, stages, 0.9), {f"{stages} stages": (key, scorer(4, 3))}, args, "figure 5")[2:]
     if args.png:
-        plt = pyplot()
         for number, label in ((4, "block after which the one stage stands"), (5, "stages (from block 4, every third, keep 0.9)")):
-            fig, ax = plt.subplots(figsize=(6, 3.5))
-            these = [r for r in found if r["group"] == f"figure {number}"]
-            for keep in ("0.9", "0.8", "0.7") if number == 4 else ("",):
-                line = [r for r in these if r["scorer"].endswith(keep)]
-                ax.errorbar(range(1, len(line) + 1), [r["vs_full"] for r in line], [r["vs_full_stderr"] for r in line], marker="o", ms=3, capsize=2, label=f"keep {keep}" if keep else None)
-            ax.axhline(0, color="grey", lw=0.8)
-            ax.set(xlabel=label, ylabel="NLL per token above the full model", title=f"Figure {number}, {args.ckpt}, {len(heldout)} rows")
-            if number == 4:
-                ax.legend()
-            fig.savefig(f"{args.png}_figure{number}.png", dpi=110, bbox_inches="tight")
+            sweep([r for r in found if r["group"] == f"figure {number}"], ("0.9", "0.8", "0.7") if number == 4 else ("",), label,
+                  f"Figure {number}, {args.ckpt}, {len(heldout)} rows", f"{args.png}_figure{number}.png")
     return found
 
 

@@ -26,7 +26,7 @@ from common import add_data_arguments, at_least, cli, digest, provenance, rows_f
 from model import DTYPES, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
 from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
-from saliency import REDUCE, mark, pyplot, reduce_saliency
+from saliency import REDUCE, mark, reduce_saliency
 
 
 def candidates(pos, prompt_len, schedule):
@@ -243,24 +243,6 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=()):
     return log
 
 
-def curve(log, path):
-    """The training curve: every loss (running mean), and the pruned likelihood of the held-out rows between full and random."""
-    plt = pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for name in [k for k in log[0] if k not in ("step", "heldout", "loss")]:
-        values = torch.tensor([entry[name] for entry in log])
-        width = max(1, len(values) // 50)
-        left.plot([entry["step"] for entry in log][width - 1:], values.unfold(0, width, 1).mean(-1), label=name)
-    left.set(xlabel="step", ylabel="loss (ranking and MSE: sum over stages)")
-    left.legend()
-    found = [(entry["step"], entry["heldout"]) for entry in log if "heldout" in entry]
-    for name in ("random", "recent", "sdtp", "oracle", "full"):
-        right.plot([step for step, _ in found], [report[f"nll_{name}"] for _, report in found], marker="o", ms=3, label=name)
-    right.set(xlabel="step", ylabel="NLL per token, held-out rows")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-
-
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,6 +297,7 @@ def main():
     start = time.time()
     log = train(model, rows, heldout, schedule, args, out, validation=validation)
     if args.png:
+        from pictures import curve
         curve(log, args.png)
     print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
     if args.json:

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
+import bench
 import infer
-import survivors
+import pictures
 from common import examples
 from conftest import ROOT, tiny_model
-from model import Tokenizer, load
-from prune import Schedule, make_scorer, prefill, random_scorer
+from model import PAD, Tokenizer, load
+from prune import Schedule, attention_scorer, extend, make_scorer, norm_scorer, predictor_scorer, prefill, random_scorer
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 TOY = ROOT / "checkpoints" / "toy"
@@ -61,30 +62,92 @@ def test_generation_stops_at_eos_and_samples_with_a_seed(tokens):
 
 def test_every_token_has_its_stage(tiny, tokens):
     _, caches, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
-    stage_of = survivors.dropped_at(trace, 60)
+    stage_of = pictures.dropped_at(trace, 60)
     counts = SCHEDULE.counts(60, 6)
     assert [stage_of.count(s) for s in range(5)] == [counts[5]] + [counts[s - 1] - counts[s] for s in range(1, 5)]
-    assert survivors.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
+    assert pictures.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
 
 
 def test_survivors_page_is_self_contained_and_escapes_the_prompt(tiny, tokens, tmp_path):
     _, _, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
     page = tmp_path / "page.html"
-    survivors.survivors_page(page, ["</script><b>"] + ["x"] * 59, survivors.dropped_at(trace, 60), trace)
+    pictures.survivors_page(page, ["</script><b>"] + ["x"] * 59, pictures.dropped_at(trace, 60), trace)
     text = page.read_text()
     assert text.count("</script>") == 1 and "http" not in text
     data = json.loads(re.search(r"const data=(.*?),slider=", text).group(1))
     assert data["blocks"] == [1, 2, 3, 4] and data["tokens"][0]["piece"] == "</script><b>" and len(data["tokens"]) == 60
-    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * survivors.dropped_at(trace, 60).count(2)
+    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * pictures.dropped_at(trace, 60).count(2)
 
 
 def test_bench_times_both_arms(tiny):
-    rows = infer.bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=2)
+    rows = bench.bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=2)
     assert [row["n"] for row in rows] == [40]
     for arm in ("full", "sdtp"):
         assert {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"} <= set(rows[0][arm])
         assert rows[0][arm]["prefill_s"] > 0 and rows[0][arm]["decode_s"] > 0
+        run = infer.generate(tiny, torch.zeros(1, 40, dtype=torch.long), 3, *((SCHEDULE, random_scorer()) if arm == "sdtp" else ()), eos=())
+        assert rows[0][arm]["kv_bytes"] == run.kv_bytes
     assert rows[0]["sdtp"]["kv_bytes"] < rows[0]["full"]["kv_bytes"] and 1 < rows[0]["ideal"] < 3
+    assert rows[0]["pruning_s"] > 0 and rows[0]["full"]["of_peak"] > 0
+
+
+def test_bench_compares_with_transformers_on_the_same_weights(capsys):
+    pytest.importorskip("transformers")
+    for changes in ({"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)}):
+        row = bench.bench(tiny_model(**changes), [40], SCHEDULE, random_scorer(), new=2, repeats=1, vs="transformers")[0]
+        assert row["vs"]["logits_differ_by"] < 1e-4 and {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"} <= set(row["transformers"])
+
+
+ARMS = {"full": lambda m: (None, None), "norm": lambda m: (SCHEDULE, norm_scorer()), "attention": lambda m: (SCHEDULE, attention_scorer(m, SCHEDULE)),
+        "prior": lambda m: (SCHEDULE, predictor_scorer([torch.nn.Linear(48, 2, device="cpu") for _ in range(4)], 0.3))}
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_batch_of_different_lengths_equals_its_rows_alone(tokens, arm, window):
+    model = tiny_model(window=window)
+    torch.manual_seed(0)
+    schedule, scorer = ARMS[arm](model)
+    prompts = [tokens[0, :48].tolist(), tokens[1, :31].tolist(), tokens[1, 5:11].tolist(), tokens[0, 10:11].tolist()]
+    padded = torch.zeros(4, 48, dtype=torch.long)
+    for b, p in enumerate(prompts):
+        padded[b, :len(p)] = torch.tensor(p)
+    logits, caches, trace = prefill(model, padded, schedule, scorer, lengths=[len(p) for p in prompts])
+    for b, p in enumerate(prompts):
+        alone, own, stages = prefill(model, torch.tensor([p]), schedule, scorer)
+        assert torch.allclose(logits[b], alone[0], atol=1e-5)
+        for stage, single in zip(trace, stages):
+            assert stage.kept[b][stage.kept[b] < PAD].tolist() == single.kept[0].tolist()
+        for cache, single in zip(caches, own):
+            assert torch.equal(cache.pos[b][cache.pos[b] < PAD], single.pos[0]) and torch.allclose(cache.k[b, :, :single.n], single.k[0], atol=1e-5)
+    new = infer.generate_batch(model, prompts, 7, schedule, scorer, eos=())
+    assert new == [infer.generate(model, torch.tensor([p]), 7, schedule, scorer, eos=()).tokens for p in prompts]
+    stop = new[1][3]
+    assert infer.generate_batch(model, prompts, 7, schedule, scorer, eos=(stop,)) == [row[:row.index(stop) + 1] if stop in row else row for row in new]
+
+
+def test_a_bad_batch_is_refused(tiny, tokens):
+    for lengths in ([48, 30], [60, 0], [60]):
+        with pytest.raises(ValueError, match="lengths"):
+            prefill(tiny, tokens, lengths=lengths)
+    with pytest.raises(ValueError, match="no empty one"):
+        infer.generate_batch(tiny, [[1], []], 3)
+    with pytest.raises(ValueError, match="one length"):
+        prefill(tiny, tokens, SCHEDULE, attention_scorer(tiny, SCHEDULE, 16), lengths=[60, 20])
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_static_decode_equals_plain_decode_on_ragged_caches(tokens, window):
+    model = tiny_model(window=window)
+    for arm in ((None, None), (SCHEDULE, norm_scorer())):
+        plain, static = (prefill(model, tokens[:, :48], *arm, room=8)[1] for _ in range(2))
+        step = infer.static_decode(model, static, 48, 56)
+        for i in range(48, 56):
+            assert torch.allclose(step(tokens[:, i:i + 1]), extend(model, tokens[:, i:i + 1], i, plain)[:, -1], atol=1e-5)
+        a, b = (infer.generate(model, tokens[:1], 8, *arm, eos=(), static=s) for s in (False, True))
+        assert a.tokens == b.tokens and a.kv_bytes == b.kv_bytes
+    with pytest.raises(ValueError, match="static shapes"):
+        infer.generate(model, tokens[:1], 8, h2o=0.4, static=True)
 
 
 def test_h2o_that_keeps_everything_changes_nothing(tiny, tokens):

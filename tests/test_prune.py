@@ -225,6 +225,12 @@ def test_h2o_equals_a_slow_specification(tiny, tokens, heavy):
         extend(tiny, tokens[:1, :2], 60, caches, h2o)
 
 
+def test_long_prompts_go_through_the_mlp_in_pieces(tiny, tokens, monkeypatch):
+    whole = prefill(tiny, tokens)[0]
+    monkeypatch.setattr("model.MLP_CHUNK", 16)
+    assert torch.allclose(prefill(tiny, tokens)[0], whole, atol=1e-5)
+
+
 def test_survivors_are_the_top_scored_and_stay_dropped(tiny, tokens):
     _, caches, trace = prefill(tiny, tokens, SCHEDULE, random_scorer(1))
     alive = set(range(60))

@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_model
 from common import encode_row, examples, read_rows
 from model import positions
-from saliency import heat_text, mark, reduce_saliency, saliency, sparsity
+from pictures import heat_text
+from saliency import mark, reduce_saliency, saliency, sparsity
 
 
 def log_likelihood(model, x, tokens, prompt_len, block):

@@ -1,0 +1,160 @@
+"""Every picture: survivors of a prompt in the terminal and as a page, Figures 1, 2, 4 and 5, training curve, cost against length.
+
+matplotlib is an optional extra; what is printed as text, and the page, need nothing.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+
+
+def dropped_at(trace, n):
+    """For each of n prompt tokens the stage (from 1) that dropped it, 0 for the survivors."""
+    stage_of = [0] * n
+    for s, stage in enumerate(trace, start=1):
+        for position in set(stage.seen[0].tolist()) - set(stage.kept[0].tolist()):
+            stage_of[position] = s
+    return stage_of
+
+
+def survivors_text(pieces, stage_of, stages, color):
+    """The prompt in the terminal: survivors bold, dropped tokens from dark (dropped first) to bright; without colour, a dot each."""
+    def shade(s):                   # 256-colour ramp of greys
+        return 236 + round(14 * (s - 1) / max(1, stages - 1))
+    out = []
+    for piece, s in zip(pieces, stage_of):
+        if not color:
+            out.append(piece if s == 0 else "\u00b7")
+        else:
+            out.append(f"\x1b[1;30;48;5;114m{piece}\x1b[0m" if s == 0 else f"\x1b[38;5;{shade(s)}m{piece}\x1b[0m")
+    legend = [f"stage {s}: {stage_of.count(s)}" for s in range(1, stages + 1)]
+    if color:
+        legend = [f"\x1b[38;5;{shade(s)}m{text}\x1b[0m" for s, text in enumerate(legend, start=1)]
+    return "".join(out) + f"\n\nkept to the end: {stage_of.count(0)} of {len(stage_of)}; dropped by " + ", ".join(legend)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Survivors</title>
+<style>
+:root{color-scheme:light dark;--bg:#fdfdfb;--fg:#181818;--gone:#b9b9b4;--keep:#bfe8c4}
+@media(prefers-color-scheme:dark){:root{--bg:#161817;--fg:#eee;--gone:#55585a;--keep:#22572c}}
+body{background:var(--bg);color:var(--fg);font:16px/1.7 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+#text{white-space:pre-wrap;overflow-wrap:anywhere}#text span{border-radius:3px}#text .kept{background:var(--keep)}#text .gone{color:var(--gone);text-decoration:line-through}
+#text span:hover,#text span:focus{outline:2px solid currentColor}input{width:100%}#info{min-height:3.4em;font-variant-numeric:tabular-nums}
+</style><h1>Which tokens survive</h1><label for="stage">Stage <output id="number"></output></label>
+<input id="stage" type="range" min="0" value="0"><p id="info" aria-live="polite"></p><div id="text"></div><script>
+const data=DATA,slider=document.getElementById("stage"),text=document.getElementById("text"),info=document.getElementById("info");
+slider.max=data.blocks.length;slider.value=slider.max;
+const show=t=>{info.textContent=JSON.stringify(t.piece)+(t.stage?" dropped by stage "+t.stage:" kept to the end")+"; scores "+t.scores.join(", ")};
+for(const t of data.tokens){const e=document.createElement("span");e.textContent=t.piece;e.tabIndex=0;e.onmouseenter=e.onfocus=()=>show(t);text.append(e)}
+const draw=()=>{const s=+slider.value;let left=0;data.tokens.forEach((t,i)=>{const gone=t.stage&&t.stage<=s;left+=!gone;text.children[i].className=gone?"gone":s?"kept":""});
+document.getElementById("number").textContent=s+" of "+data.blocks.length+(s?", after block "+data.blocks[s-1]:"");info.textContent=left+" of "+data.tokens.length+" tokens left"};
+slider.oninput=draw;draw();</script></html>"""
+
+
+def survivors_page(path, pieces, stage_of, trace):
+    """The same as one self-contained page: a slider through the stages, a token's scores on hover or focus."""
+    scores = [[] for _ in pieces]
+    for stage in trace:
+        for position, value in zip(stage.seen[0].tolist(), stage.score[0].tolist()):
+            scores[position].append(round(value, 3))
+    data = {"blocks": [stage.block for stage in trace],
+            "tokens": [{"piece": p, "stage": s, "scores": v} for p, s, v in zip(pieces, stage_of, scores)]}
+    # "<" escaped: no text of the prompt can close the script
+    Path(path).write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1), encoding="utf-8")
+
+
+def heat_text(s, labels, color):
+    """Figure 1 in the terminal: s (L, n) normalised per block, one line a token, one cell a block."""
+    s = s / s.amax(-1, keepdim=True).clamp(min=1e-30)
+    shades = " .:-=+*#%@"
+    lines = ["block " + "".join(f"{i:>2}" if i % 4 == 0 else "  " for i in range(1, len(s) + 1))]
+    for column, label in zip(s.T.tolist(), labels):
+        cells = "".join(f"\x1b[48;5;{232 + round(23 * v ** 0.5)}m  \x1b[0m" if color else 2 * shades[round(9 * v ** 0.5)] for v in column)
+        lines.append("      " + cells + "  " + label.replace("\n", "\\n"))
+    return "\n".join(lines)
+
+
+def figure1(s, labels, path):
+    plt = pyplot()
+    s = (s / s.amax(-1, keepdim=True).clamp(min=1e-30)).cpu()
+    fig, ax = plt.subplots(figsize=(max(6, 0.16 * len(labels)), 1.5 + 0.16 * len(s)))
+    image = ax.imshow(s, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(-0.5, len(labels) - 0.5, len(s) + 0.5, 0.5))
+    ax.set_xticks(range(len(labels)), [label.strip() or repr(label)[1:-1] for label in labels], rotation=90, fontsize=6)
+    ax.set(ylabel="block", title="Saliency, normalised per block")
+    fig.colorbar(image, ax=ax, pad=0.01)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def figure2(values, path, title):
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6, 3.5))
+    ax.plot(range(1, len(values) + 1), values, marker="o", ms=3)
+    ax.set(xlabel="block", ylabel="sparsity", ylim=(0, 1), title=title)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def pyplot():
+    """matplotlib, an optional extra, without a display."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need the optional package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def sweep(rows, keeps, label, title, path):
+    """Figures 4 and 5: rows of study.py, one line a keep ratio (the end of a row's name; "" for all rows), cost in NLL."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6, 3.5))
+    for keep in keeps:
+        line = [r for r in rows if r["scorer"].endswith(keep)]
+        ax.errorbar(range(1, len(line) + 1), [r["vs_full"] for r in line], [r["vs_full_stderr"] for r in line], marker="o", ms=3, capsize=2, label=f"keep {keep}" if keep else None)
+    ax.axhline(0, color="grey", lw=0.8)
+    ax.set(xlabel=label, ylabel="NLL per token above the full model", title=title)
+    if len(keeps) > 1:
+        ax.legend()
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def curve(log, path):
+    """The training curve: every loss (running mean), and the pruned likelihood of the held-out rows between full and random."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for name in [k for k in log[0] if k not in ("step", "heldout", "loss")]:
+        values = torch.tensor([entry[name] for entry in log])
+        width = max(1, len(values) // 50)
+        left.plot([entry["step"] for entry in log][width - 1:], values.unfold(0, width, 1).mean(-1), label=name)
+    left.set(xlabel="step", ylabel="loss (ranking and MSE: sum over stages)")
+    left.legend()
+    found = [(entry["step"], entry["heldout"]) for entry in log if "heldout" in entry]
+    for name in ("random", "recent", "sdtp", "oracle", "full"):
+        right.plot([step for step, _ in found], [report[f"nll_{name}"] for _, report in found], marker="o", ms=3, label=name)
+    right.set(xlabel="step", ylabel="NLL per token, held-out rows")
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def cost_against_length(rows, path, title):
+    """Cost against length: prefill of both arms, and the curve that full's time and the FLOPs would give SDTP."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    n = [row["n"] for row in rows]
+    for name in [name for name in ("transformers", "full", "sdtp") if name in rows[0]]:
+        left.errorbar(n, [row[name]["prefill_s"] for row in rows], [[abs(row[name]["prefill_s"] - row[name]["prefill_spread_s"][i]) for row in rows] for i in (0, 1)], marker="o", ms=3, capsize=2, label=name)
+    left.plot(n, [row["full"]["prefill_s"] / row["ideal"] for row in rows], "k--", lw=1, label="full / ideal")
+    left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="prefill, seconds")
+    left.set_xticks(n, [str(m) for m in n], rotation=45)
+    right.plot(n, [row["speedup"]["prefill"] for row in rows], marker="o", ms=3, label="prefill, measured")
+    right.plot(n, [row["ideal"] for row in rows], "k--", lw=1, label="prefill, ideal by FLOPs")
+    right.plot(n, [row["speedup"]["e2e"] for row in rows], marker="o", ms=3, label="end to end, measured")
+    right.plot(n, [row["speedup"]["e2e_by_floors"] for row in rows], ":", color="grey", label="end to end, by the floors")
+    right.set(xscale="log", xlabel="prompt tokens", ylabel="speed-up of SDTP")
+    right.set_xticks(n, [str(m) for m in n], rotation=45)
+    for ax in (left, right):
+        ax.minorticks_off()
+        ax.legend(fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
