@@ -21,17 +21,32 @@ from model import Tokenizer, load, need, positions
 from pictures import figure1, figure2, heat_text
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
+IGNORE = -100       # a label that is not to be predicted
 
 
-def mark(model, tokens, prompt_len, blocks):
+def response_labels(tokens, prompt_len, lengths=None):
+    """What is to be predicted: tokens (B, N) -> (B, N - P), P the shortest prompt, IGNORE where a row still has prompt or already padding.
+
+    prompt_len: an int, or a list of B; lengths: B row lengths, where rows are padded on the right.
+    """
+    B, N = tokens.shape
+    prompts, lengths = [prompt_len] * B if isinstance(prompt_len, int) else list(prompt_len), lengths or [N] * B
+    for p, n in zip(prompts, lengths):
+        need(1 <= p < n <= N, f"marking needs a prompt and a response: {p} prompt tokens of {n}")
+    start, end = torch.tensor([prompts, lengths], device=tokens.device)[:, :, None]
+    at = positions(tokens)
+    return tokens.masked_fill((at < start) | (at >= end), IGNORE)[:, min(prompts):]
+
+
+def mark(model, tokens, prompt_len, blocks, lengths=None):
     """The marking stage: one forward, one backward, all stages.
 
     tokens (B, N) = prompt then response, prompt_len < N, blocks = numbers (from 1) of the blocks whose outputs are asked for.
     Returns states and grads, lists of (B, N, D) in the order of `blocks`, and the response's logits (B, N - prompt_len, V).
-    A gradient is that of T, the summed log-likelihood of the response tokens.
+    A gradient is that of T, the summed log-likelihood of the response tokens. Rows of different length: `response_labels`.
     """
     blocks = list(blocks)
-    need(1 <= prompt_len < tokens.shape[1], f"marking needs a prompt and a response: {prompt_len} prompt tokens of {tokens.shape[1]}")
+    labels = response_labels(tokens, prompt_len, lengths)
     need(blocks == sorted(set(blocks)) and blocks and 1 <= blocks[0] and blocks[-1] <= len(model.blocks),
          f"stages after blocks {blocks}: expected increasing numbers from 1 to {len(model.blocks)}")
     rope = model.rope(positions(tokens), tokens.shape[1])
@@ -44,8 +59,8 @@ def mark(model, tokens, prompt_len, blocks):
                 x = x.detach().requires_grad_()      # no gradient is needed below the first stage
             if i in blocks:
                 states.append(x)
-        logits = model.logits(x[:, prompt_len - 1:-1])               # position t predicts token t + 1
-        T = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="sum")
+        logits = model.logits(x[:, -labels.shape[1] - 1:-1])         # position t predicts token t + 1
+        T = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         grads = torch.autograd.grad(T, states)
     return [x.detach() for x in states], list(grads), logits.detach()
 

@@ -8,7 +8,7 @@ attention. The loss is cross entropy of the response + MSE + ranking (Eq. 8), op
     python train.py --ckpt llama-7b --data dolly.jsonl         # the paper's run: two epochs of Dolly
     python train.py --ckpt smollm2 --data dolly.jsonl --template chatml --cls 0 --mse 0 --states marked   # ranking alone
 
-Shapes: B = 1 row, N tokens (prompt and response), S stages, D hidden.
+Shapes: B rows, N tokens (prompt and response), S stages, D hidden.
 """
 import argparse
 import json
@@ -23,32 +23,45 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
-from model import DTYPES, Tokenizer, load, need, positions
+from model import DTYPES, PAD, Tokenizer, load, need, positions
 from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
-from prune import Schedule, add_schedule_arguments, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
-from saliency import REDUCE, mark, reduce_saliency
+from prune import Schedule, add_schedule_arguments, beyond, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
+from saliency import IGNORE, REDUCE, mark, reduce_saliency, response_labels
+
+
+def padded(examples, device):
+    """Rows side by side, padded on the right: -> tokens (B, N), their prompts' lengths, their lengths."""
+    lengths = [len(e.tokens) for e in examples]
+    return torch.nn.utils.rnn.pad_sequence([e.tokens for e in examples], batch_first=True).to(device), [e.prompt_len for e in examples], lengths
+
+
+def places(tokens, prompt_len, lengths):
+    """Positions (B, N) with padding at PAD, and prompt_len and lengths as lists: an int stands for all rows."""
+    lengths = lengths or [tokens.shape[1]] * len(tokens)
+    return positions(tokens).masked_fill(beyond(lengths, tokens.device), PAD), [prompt_len] * len(tokens) if isinstance(prompt_len, int) else prompt_len, lengths
 
 
 def candidates(pos, prompt_len, schedule):
-    """The tokens that may be dropped: neither sink, nor local, nor response. pos (B, n) -> bool (B, n)."""
-    return (pos >= schedule.sink) & (pos < prompt_len - local_tokens(prompt_len, schedule.local))
+    """The tokens that may be dropped: neither sink, nor local, nor response, nor padding. pos (B, n), B prompt lengths -> bool (B, n)."""
+    return (pos >= schedule.sink) & (pos < torch.tensor([[n - local_tokens(n, schedule.local)] for n in prompt_len], device=pos.device))
 
 
-def topk_mask(logits, previous, pos, k, prompt_len, schedule):
-    """The mask that inference would use, k prompt tokens kept, with the gradient of the keep probability (straight-through)."""
-    alive = score(logits).detach().masked_fill(previous.detach() == 0, -math.inf)
-    index = select(alive, pos, k + pos.shape[1] - prompt_len, prompt_len, schedule.sink, schedule.local)
-    return straight_through(torch.zeros_like(previous).scatter(1, index, 1.0), torch.softmax(logits, -1)[..., 0], previous)
+def survivors(scores, pos, prompt_len, lengths, stage, schedule):
+    """The hard mask (B, N) that inference would use at a stage (from 1): of each row's prompt the scheduled count, and its response."""
+    k = [schedule.kept(n, stage) + m - n for n, m in zip(prompt_len, lengths)]
+    index = select(scores, pos, k, prompt_len, schedule.sink, schedule.local)
+    return torch.zeros(pos.shape, device=pos.device).scatter(1, index, (~beyond(k, pos.device)).float())
 
 
-def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", tau=1.0):
+def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", tau=1.0, lengths=None):
     """The pruning stage of training: tokens (B, N) -> x (B, N, D) leaving the last block, stage logits and masks.
 
     Nothing is dropped physically; a dropped token is hidden from all later attention (it still sees itself). mask:
     "gumbel" samples every candidate (Eq. 2), "topk" keeps exactly the scheduled count. Returns x, a list of S logits
-    (B, N, 2) and a list of S + 1 masks (B, N): masks[s] says which tokens stage s + 1 still found.
+    (B, N, 2) and a list of S + 1 masks (B, N): masks[s] says which tokens stage s + 1 still found. Rows of different
+    length: prompt_len and lengths are lists of B.
     """
-    pos = positions(tokens)
+    pos, prompt_len, lengths = places(tokens, prompt_len, lengths)
     rope = model.rope(pos, tokens.shape[1])
     after = schedule.after(len(model.blocks))
     free = candidates(pos, prompt_len, schedule)
@@ -61,8 +74,9 @@ def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", ta
             x = checkpoint(block, x, rope, None, keep, use_reentrant=False)
         if i in after:
             logits.append(predictors[len(logits)](x))
-            if mask == "topk":
-                keep = topk_mask(logits[-1], masks[-1], pos, schedule.kept(prompt_len, len(logits)), prompt_len, schedule)
+            if mask == "topk":      # the value is inference's choice, the gradient that of the keep probability
+                alive = score(logits[-1]).detach().masked_fill(masks[-1].detach() == 0, -math.inf)
+                keep = straight_through(survivors(alive, pos, prompt_len, lengths, len(logits), schedule), torch.softmax(logits[-1], -1)[..., 0], masks[-1])
             else:
                 keep = gumbel_mask(logits[-1], tau, masks[-1])
             keep = torch.where(free, keep, 1.0)                      # the protected have no choice, so no gradient
@@ -70,38 +84,41 @@ def masked_pass(model, predictors, tokens, prompt_len, schedule, mask="topk", ta
     return x, logits, masks
 
 
-def marking(model, tokens, prompt_len, schedule, args):
-    """The marking stage of one row: S states (B, N, D), S saliencies (B, N), and the unpruned logits where they are distilled."""
-    states, grads, logits = mark(model, tokens, prompt_len, schedule.after(len(model.blocks)))
+def marking(model, tokens, prompt_len, schedule, args, lengths=None):
+    """The marking stage: S states (B, N, D), S saliencies (B, N), and the unpruned logits where they are distilled."""
+    states, grads, logits = mark(model, tokens, prompt_len, schedule.after(len(model.blocks)), lengths)
     return states, [reduce_saliency(g, x, args.reduce) for g, x in zip(grads, states)], logits if args.distill else None
 
 
-def losses(model, predictors, tokens, prompt_len, schedule, args, marks=None):
-    """Everything Eq. 8 adds up, for one row (or rows of equal length): -> {name: loss}, and the share of the prompt kept per stage."""
-    states, targets, full_logits = marks or marking(model, tokens, prompt_len, schedule, args)
-    pos = positions(tokens)
-    free = candidates(pos, prompt_len, schedule)
+def losses(model, predictors, tokens, prompt_len, schedule, args, marks=None, lengths=None):
+    """Everything Eq. 8 adds up, each the mean over rows of a row's own: -> {name: loss}, and the share of the prompt kept per stage."""
+    states, targets, full_logits = marks or marking(model, tokens, prompt_len, schedule, args, lengths)
+    pos, prompt_len, lengths = places(tokens, prompt_len, lengths)
+    free, labels = candidates(pos, prompt_len, schedule), response_labels(tokens, prompt_len, lengths)
+    answered = labels != IGNORE
+    by_row = lambda values: ((values.view(labels.shape) * answered).sum(1) / answered.sum(1)).mean()
     found, kept = {}, []
     if args.cls or args.distill or args.states == "pruned":
-        x, logits, masks = masked_pass(model, predictors, tokens, prompt_len, schedule, args.mask, args.tau)
-        out = model.logits(x[:, prompt_len - 1:-1])
+        x, logits, masks = masked_pass(model, predictors, tokens, prompt_len, schedule, args.mask, args.tau, lengths)
+        out = model.logits(x[:, min(prompt_len) - 1:-1])             # position t predicts token t + 1
         if args.cls:
-            found["cls"] = F.cross_entropy(out.flatten(0, 1), tokens[:, prompt_len:].flatten())  # Eq. 7
+            found["cls"] = by_row(F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"))  # Eq. 7
         if args.distill:
-            found["distill"] = F.kl_div(out.log_softmax(-1).flatten(0, 1), full_logits.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean")
-        kept = [m[:, :prompt_len].mean().item() for m in masks[1:]]
+            found["distill"] = by_row(F.kl_div(out.log_softmax(-1), full_logits.log_softmax(-1), log_target=True, reduction="none").sum(-1))
+        kept = [sum(m[b, :n].mean().item() for b, n in enumerate(prompt_len)) / len(prompt_len) for m in masks[1:]]
         alive = [free & (m > 0) for m in masks[:-1]]                 # a token dropped earlier has no rank any more
     if args.states == "marked":
         logits, alive = [p(x) for p, x in zip(predictors, states)], [free]
         for s, target in enumerate(targets[1:], start=1):            # a stage learns on as many tokens as it will find, the most salient
-            index = select(target, pos, schedule.kept(prompt_len, s) + pos.shape[1] - prompt_len, prompt_len, schedule.sink, schedule.local)
-            alive.append(free & torch.zeros_like(free).scatter(1, index, True))
+            alive.append(free & (survivors(target, pos, prompt_len, lengths, s, schedule) > 0))
     for s, (pi, target, m) in enumerate(zip(logits, targets, alive), start=1):
         need(torch.isfinite(target[m]).all() and torch.isfinite(pi).all(), f"stage {s}: saliency or score is not finite")
-        if args.mse:
-            found["mse"] = found.get("mse", 0) + mse_loss(score(pi), target, m)
-        if args.rank:
-            found["rank"] = found.get("rank", 0) + ranking_loss(score(pi), target, m, args.pairs)  # Eq. 5
+        for row in ((v[b:b + 1] for v in (score(pi), target, m)) for b in range(len(tokens))):
+            row = tuple(row)
+            if args.mse:
+                found["mse"] = found.get("mse", 0) + mse_loss(*row) / len(tokens)
+            if args.rank:
+                found["rank"] = found.get("rank", 0) + ranking_loss(*row, args.pairs) / len(tokens)  # Eq. 5
     return found, kept
 
 
@@ -120,7 +137,7 @@ def report(model, predictors, rows, schedule, reduce):
         tokens, n = example.tokens[None].to(model.device), example.prompt_len
         states, grads, _ = mark(model, tokens, n, after)
         s = torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)])
-        free = candidates(positions(tokens), n, schedule)[0]
+        free = candidates(positions(tokens), [n], schedule)[0]
         for stage, x in enumerate(states):
             predicted, true = score(predictors[stage](x))[0, free], s[stage][0, free]
             if len(true) < 2:
@@ -137,7 +154,7 @@ def report(model, predictors, rows, schedule, reduce):
 
 def settings(model, rows, schedule, args):
     """What two runs must share so that one can go on with the other's state."""
-    names = ("accum", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "pairs", "mask", "tau", "states", "seed")
+    names = ("accum", "batch", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "pairs", "mask", "tau", "states", "seed")
     return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), digest(rows)])
 
 
@@ -203,24 +220,27 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=()):
     while step < steps:
         optimizer.param_groups[0]["lr"] = args.lr * rate(step, steps, args.warmup)
         sums = {}
-        for micro in range(step * args.accum, (step + 1) * args.accum):
-            epoch, i = divmod(micro, len(rows))                      # every epoch in its own order, known from the seed alone
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
-            example = rows[order[i]]
+        for first_row in range(step * args.accum, (step + 1) * args.accum, args.batch):
+            chosen = []
+            for micro in range(first_row, min(first_row + args.batch, (step + 1) * args.accum)):
+                epoch, i = divmod(micro, len(rows))                  # every epoch in its own order, known from the seed alone
+                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
+                chosen.append(order[i].item())
             try:
-                tokens = example.tokens[None].to(model.device)
-                marks = held.get(order[i].item()) or marking(model, tokens, example.prompt_len, schedule, args)
+                tokens, prompt_len, lengths = padded([rows[i] for i in chosen], model.device)
+                marks = held.get(tuple(chosen)) or marking(model, tokens, prompt_len, schedule, args, lengths)
                 if args.hold:       # the backbone is frozen, so a row's marks never change
-                    held[order[i].item()] = marks
-                found, kept = losses(model, predictors, tokens, example.prompt_len, schedule, args, marks)
+                    held[tuple(chosen)] = marks
+                found, kept = losses(model, predictors, tokens, prompt_len, schedule, args, marks, lengths)
                 loss = sum(getattr(args, name) * value for name, value in found.items())         # Eq. 8
                 need(torch.isfinite(loss), "the loss is not finite: " + ", ".join(f"{k} {v.item():.3g}" for k, v in found.items()))
             except ValueError as e:
                 raise ValueError(f"step {step + 1}: {e}; the files of the last save are kept") from None
-            (loss / args.accum).backward()
-            seen += len(example.tokens)
+            share = len(chosen) / args.accum
+            (loss * share).backward()
+            seen += sum(lengths)
             for name, value in {**found, "loss": loss}.items():
-                sums[name] = sums.get(name, 0) + value.item() / args.accum
+                sums[name] = sums.get(name, 0) + value.item() * share
         torch.nn.utils.clip_grad_norm_(predictors.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -251,6 +271,7 @@ def arguments():
     parser.add_argument("--epochs", type=at_least(1), help="passes over the rows (default: 2, the paper's; on the toy's own rows 1)")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
     parser.add_argument("--accum", type=at_least(1), default=4, help="rows whose gradients are added up before a step")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="rows that go through the model together, padded to the longest (the same step, faster on a GPU)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate; a cosine follows")
     parser.add_argument("--cls", type=float, default=1.0, help="weight of the pruned model's cross entropy, Eq. 7")
@@ -286,6 +307,7 @@ def arguments():
 def main():
     args = arguments().parse_args()
     need(args.cls or args.mse or args.rank or args.distill, "all loss weights are 0: nothing to train on")
+    need(args.batch == 1 or not args.hold, "--hold keeps single rows: leave out --batch")
     tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device)
     schedule = schedule_from(args, len(model.blocks))
     rows = rows_from(args, tokenizer, "train")

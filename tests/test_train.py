@@ -51,13 +51,49 @@ def test_regression_on_marked_states_skips_the_pruning_pass(tiny, tokens):
 def test_masks_are_hard_cumulative_and_spare_the_protected(tiny, tokens, mask):
     torch.manual_seed(1)
     _, _, masks = T.masked_pass(tiny, fresh_predictors(), tokens, 48, SCHEDULE, mask)
-    spared = ~T.candidates(positions(tokens), 48, SCHEDULE)
+    spared = ~T.candidates(positions(tokens), [48, 48], SCHEDULE)
     assert spared[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3] + list(range(43, 60))
     for before, after in zip(masks, masks[1:]):
         assert set(after.unique().tolist()) == {0.0, 1.0}
         assert (after <= before).all() and (after[spared] == 1).all()
     if mask == "topk":
         assert [int(m[0, :48].sum()) for m in masks] == SCHEDULE.counts(48, 6)[:5]
+
+
+@pytest.mark.parametrize("mask", ["gumbel", "topk"])
+@pytest.mark.parametrize("states", ["pruned", "marked"])
+def test_a_batch_of_rows_of_different_length_is_the_mean_of_its_rows(tiny, tokens, mask, states, monkeypatch):
+    """Losses, gradients and saliency: padding is in none of them."""
+    keep_probability = lambda logits, tau, previous: T.straight_through((logits[..., 0] > logits[..., 1]).float(), torch.softmax(logits, -1)[..., 0], previous)
+    monkeypatch.setattr(T, "gumbel_mask", keep_probability)          # without its noise, which another batch would draw otherwise
+    some = [Example(tokens[0, :40], 30), Example(tokens[1, :57], 41), Example(tokens[0, 20:43], 9)]
+    args, predictors = arguments("--distill", 1, "--mask", mask, "--states", states, "--pairs", "saliency"), fresh_predictors()
+
+    def run(examples):
+        predictors.zero_grad()
+        batch, prompt_len, lengths = T.padded(examples, "cpu")
+        found, _ = T.losses(tiny, predictors, batch, prompt_len, SCHEDULE, args, lengths=lengths)
+        sum(found.values()).backward()
+        return {k: v.item() for k, v in found.items()}, [p.grad.clone() for p in predictors.parameters()]
+
+    together, gradient = run(some)
+    alone = [run([e]) for e in some]
+    for name in ("cls", "mse", "rank", "distill"):
+        assert together[name] == pytest.approx(sum(found[name] for found, _ in alone) / 3, rel=1e-4)
+    for i, g in enumerate(gradient):
+        assert torch.allclose(g, sum(gs[i] for _, gs in alone) / 3, atol=1e-5)
+    batch, prompt_len, lengths = T.padded(some, "cpu")
+    states, grads, _ = T.mark(tiny, batch, prompt_len, [2], lengths)
+    for b, e in enumerate(some):
+        _, own, _ = T.mark(tiny, e.tokens[None], e.prompt_len, [2])
+        assert torch.allclose(grads[0][b, :len(e.tokens)], own[0][0], atol=1e-5) and (grads[0][b, len(e.tokens):] == 0).all()
+
+
+def test_the_batch_size_does_not_change_the_training(tiny, tmp_path):
+    some = [Example(e.tokens[:40 - 3 * i], 30 - 3 * i) for i, e in enumerate(rows(6))]
+    logs = [T.train(tiny, some, [], SCHEDULE, arguments("--accum", 5, "--batch", b, "--steps", 3), tmp_path / f"{b}.safetensors") for b in (1, 2)]
+    for a, b in zip(*logs):
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch):
