@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from common import hardware
-from infer import clock, generate
-from model import hf_name, need, positions
+from common import hardware, prompt_text, read_rows
+from infer import clock, generate, generate_batch
+from model import Tokenizer, find, hf_name, need, positions
 from prune import drop, flops, kv_bytes, prefill, select
 
 
@@ -75,7 +75,7 @@ def as_transformers(model):
     except ImportError:
         raise ImportError("--vs transformers needs it: pip install transformers") from None
     c = model.config
-    need(not c.qkv_bias, "--vs transformers: biases on q, k and v are not compared")
+    need(not c.qkv_bias and not c.window, "--vs transformers: biases on q, k and v, and sliding windows, are not compared")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = {"rope_type": "llama3", **dict(zip(names, c.rope_llama3))} if c.rope_llama3 else None
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -98,7 +98,7 @@ def as_transformers(model):
 
 @torch.no_grad()
 def run_transformers(theirs, tokens, new):
-    """Prefill and greedy decode -> first logits (1, V), seconds of prefill, seconds a further token, bytes of the caches."""
+    """Prefill and greedy decode -> first logits (1, V), seconds of prefill, seconds a further token."""
     start = clock(tokens.device)
     out = theirs(tokens, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -112,7 +112,8 @@ def run_transformers(theirs, tokens, new):
 
 
 def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, static=False):
-    """Table 2 -> one dict a prompt length. `vs`: "transformers" for a third arm; `static`: decode in fixed shapes."""
+    """Table 2 -> one dict a prompt length. `vs`: "transformers" for a third arm, as it comes, not compiled; `static`: decode in
+    fixed shapes, recording the step not counted. FLOPs and floors of the SDTP arm are those of the predictors, whatever scorer runs."""
     rows, L, c = [], len(model.blocks), model.config
     theirs = as_transformers(model) if vs else None
     peak, bandwidth = ceilings(model.device, model.dtype)
@@ -134,7 +135,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, static=
         for name in 2 * list(counts):                                # warm-up, twice: the second finds what the first made compile anew
             once(name, min(new, 4))
         for i in range(repeats):
-            for name in counts:
+            for name in list(counts)[::1 - 2 * (i % 2)]:             # there and back: nobody always follows the same arm
                 long = i >= repeats - min(3, repeats)                # the last runs also decode
                 if i == repeats - 1:
                     peak_memory(model.device, reset=True)
@@ -148,10 +149,10 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, static=
             used = flops(c, counts[name], schedule=schedule if name == "sdtp" else None)
             moved = weight_bytes(model) + kv_bytes(c, [m + new // 2 for m in counts[name]], model.embed.weight.element_size())
             floor[name] = used / peak + (new - 1) * moved / bandwidth
-            prefill_s, decode_s = statistics.median(prefills[name]), statistics.median(decodes[name])
+            prefill_s, decode_s = statistics.median(prefills[name]), statistics.median(decodes[name]) if new > 1 else 0.0
             row[name] |= {"prefill_s": prefill_s, "prefill_spread_s": [min(prefills[name]), max(prefills[name])], "decode_s": decode_s, "decode_spread_s": [min(decodes[name]), max(decodes[name])],
                           "e2e_s": prefill_s + decode_s * (new - 1), "kv_bytes": kv_bytes(c, [m + new - 1 for m in counts[name]], model.embed.weight.element_size()), "flops": used,
-                          "flops_s": used / prefill_s, "of_peak": used / prefill_s / peak, "bytes_s": moved / decode_s, "of_copy": moved / decode_s / bandwidth}
+                          "flops_s": used / prefill_s, "of_peak": used / prefill_s / peak, "bytes_s": moved / decode_s if new > 1 else 0.0, "of_copy": moved / decode_s / bandwidth if new > 1 else 0.0}
         full, sdtp = row["full"], row["sdtp"]
         row["ideal"] = full["flops"] / sdtp["flops"]
         row["speedup"] = {"prefill": full["prefill_s"] / sdtp["prefill_s"], "e2e": full["e2e_s"] / sdtp["e2e_s"], "e2e_by_floors": floor["full"] / floor["sdtp"]}
@@ -160,7 +161,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, static=
         row["pruning_share"] = row["pruning_s"] / sdtp["prefill_s"]
         if vs:
             ours, other = prefill(model, tokens)[0], run_transformers(theirs, tokens, 1)[0]
-            row["vs"] = {"prefill": row["transformers"]["prefill_s"] / full["prefill_s"], "decode": row["transformers"]["decode_s"] / full["decode_s"], "logits_differ_by": (ours - other).abs().max().item()}
+            row["vs"] = {"prefill": row["transformers"]["prefill_s"] / full["prefill_s"], "decode": row["transformers"]["decode_s"] / full["decode_s"] if new > 1 else 0.0, "logits_differ_by": (ours - other).abs().max().item()}
         for name in counts:
             r = row[name]
             print(f"{n:7d}  {name:12} {r['prefill_s']:10.3f} ({r['prefill_spread_s'][0]:.3f} to {r['prefill_spread_s'][1]:.3f}) {r['flops_s'] / 1e12:9.3g} {r['of_peak']:8.0%} {1e3 * r['decode_s']:11.2f} {r['bytes_s'] / 1e9:6.3g} {r['of_copy']:8.0%}"
@@ -181,8 +182,29 @@ def profile(model, n, schedule, scorer, top=12):
         with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as seen:
             prefill(model, tokens, *arm)
             clock(model.device)
-        spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in seen.key_averages()}
+        spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in seen.key_averages()
+                 if e.device_type == torch.autograd.DeviceType.CPU}           # an operator, not once more its kernel
         total = sum(spent.values())
         found[name] = [(key, time / total) for key, time in sorted(spent.items(), key=lambda kv: -kv[1])[:top]]
         print(f"{name}, {n} tokens: " + ", ".join(f"{key.removeprefix('aten::')} {share:.1%}" for key, share in found[name]), flush=True)
+    return found
+
+
+def batch(args, model, schedule, scorer, metadata):
+    """The first rows of the data in one batch, under both arms: texts and tokens a second."""
+    tokenizer, found = Tokenizer(args.ckpt), []
+    rows = read_rows(args.data or find(args.ckpt) / "train.jsonl", "heldout")[:args.batch]
+    prompts = [tokenizer.encode(prompt_text(row, args.template or metadata.get("template", "plain"))) for row in rows]
+    need(rows, "no held-out row to read: name a file with --data")
+    need(max(map(max, prompts)) < model.config.vocab, f"the tokenizer gives ids beyond the model's {model.config.vocab} tokens")
+    print(f"{len(rows)} rows in one batch, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
+    for name, arm in (("full", (None, None)), ("sdtp", (schedule, scorer))):
+        generate_batch(model, prompts, 2, *arm)                      # a warm-up
+        start = clock(model.device)
+        new = generate_batch(model, prompts, args.max_new_tokens or 48, *arm)
+        seconds = clock(model.device) - start
+        found.append({"arm": name, "seconds": seconds, "texts": [tokenizer.decode([t for t in row if t not in model.config.eos]) for row in new]})
+        print(f"\n{name}: {seconds:.2f} s, {sum(map(len, prompts + new)) / seconds:.0f} tokens/s")
+        for row, text in zip(rows, found[-1]["texts"]):
+            print(f"  {text!r}   right {row['response']!r}")
     return found

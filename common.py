@@ -32,7 +32,7 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
     """Rows of a JSONL file, whose `fields` must be text (a context may be absent).
 
     split: "train" = the first 90%, "heldout" = the next 5% (to measure on), "validation" = the last 5% (to choose by), both
-    without the rows whose context is that of a training row; "all".
+    without the rows whose context stands in an earlier split; "all".
     """
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
@@ -55,8 +55,9 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
             raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
     cut = len(rows) - max(1, len(rows) // 10)
     if split in ("heldout", "validation"):
-        known, middle = {row["context"] for row in rows[:cut] if row.get("context")}, len(rows) - len(rows) // 20
-        return [row for row in (rows[cut:middle] if split == "heldout" else rows[middle:]) if row.get("context") not in known]
+        start, end = (cut, len(rows) - len(rows) // 20) if split == "heldout" else (len(rows) - len(rows) // 20, len(rows))
+        known = {row["context"] for row in rows[:start] if row.get("context")}
+        return [row for row in rows[start:end] if row.get("context") not in known]
     return rows if split == "all" else rows[:cut]
 
 

@@ -6,9 +6,10 @@ caches, ragged or not. Prefill is bound by arithmetic and gains as the tokens dw
 
     python infer.py                                                      # the toy answers a long prompt, full and pruned
     python infer.py --ckpt smollm2 --prompt-file report.txt --html survivors.html
+    python infer.py --ckpt smollm2 --data dolly.jsonl --batch 8          # prompts of different length in one batch
     python infer.py --ckpt random:mistral-7b --bench 4096 8192 16384     # Table 2's rows; needs no weights
 
-Shapes: B = 1 row, N prompt tokens, L blocks.
+Shapes: B rows (1 but for `generate_batch`), N prompt tokens, L blocks, V vocabulary.
 """
 import argparse
 import itertools
@@ -85,16 +86,18 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
 def static_decode(model, caches, start, end):
     """One decode step in shapes that never change: -> step(token (B, 1)) -> logits (B, V), for positions start up to end - 1.
 
-    The caches become static, ragged as they are. On cuda the step is recorded once, as a CUDA graph, and replayed.
+    The caches, ragged from block to block, become static; all rows stand at the same position. On cuda the step is
+    recorded once, as a CUDA graph, and replayed: its logits are the same memory every time.
     """
+    need(all(cache.k.shape[2] - cache.n >= end - start for cache in caches), f"the caches have no room for positions {start} to {end - 1}")
     for cache in caches:
         cache.static()
     token, pos = torch.zeros_like(caches[0].pos[:, :1]), torch.full_like(caches[0].pos[:, :1], start)
 
-    def advance():
+    def advance(by=1):
         logits = extend(model, token, pos, caches, end=end)[:, -1]
         for counter in (pos, *(cache.slot for cache in caches)):
-            counter.add_(1)
+            counter.add_(by)
         return logits
 
     if model.device.type != "cuda":
@@ -102,25 +105,23 @@ def static_decode(model, caches, start, end):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):          # a warm-up before recording; what it wrote into the next place is written over by the first step
-            advance()
-            for counter in (pos, *(cache.slot for cache in caches)):
-                counter.sub_(1)
+        for _ in range(2):          # a warm-up before recording; what it writes into the next place the first step writes over
+            advance(0)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):   # recorded, not run
         logits = advance()
-    return lambda new: (token.copy_(new), graph.replay(), logits)[2]
+    return lambda new, alive=(pos, caches): (token.copy_(new), graph.replay(), logits)[2]        # the graph knows addresses only: their owners must live
 
 
 @torch.no_grad()
 def generate_batch(model, prompts, max_new_tokens, schedule=None, scorer=None, eos=None):
     """Several prompts in one pass, greedily: B lists of token ids, of any length -> B lists of new ones (up to and with eos).
 
-    Each row is pruned by its own counts, so it reads what `generate` gives it alone (not with scorers that look at the
-    whole batch: random, attention of the last queries).
+    Each row is pruned by its own counts, so it reads what `generate` gives it alone. Not for scorers that look at the whole
+    batch: random, attention of the last queries, the oracle.
     """
-    need(prompts and all(prompts), "a batch needs at least one prompt, and no empty one")
+    need(prompts and all(prompts) and max_new_tokens > 0, "a batch needs at least one prompt, no empty one, and something to generate")
     lengths, eos = [len(p) for p in prompts], model.config.eos if eos is None else eos
     N = max(lengths)
     tokens = torch.tensor([p + [0] * (N - len(p)) for p in prompts], device=model.device)
@@ -185,14 +186,17 @@ def main():
     parser.add_argument("--profile", action="store_true", help="--bench: then say which operators take the time, at the longest prompt")
     parser.add_argument("--png", metavar="FILE", help="--bench: draw cost against length (needs matplotlib)")
     parser.add_argument("--batch", type=at_least(1), metavar="B", help="answer the first B held-out rows of --data in one batch, full and pruned")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, attention apart (lengths dynamic), and decode in static shapes (on cuda a CUDA graph)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, attention apart (lengths dynamic); --bench also decodes in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print everything measured as one JSON object on the last line")
     args = parser.parse_args()
+    need(not (args.bench or args.batch) or not (args.h2o or args.temperature), "--bench and --batch read whole caches greedily: leave out --h2o and --temperature")
+    need(not (args.bench and args.batch), "--bench or --batch, not both")
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
     scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0))
     if args.compile:                # all but attention and the cache, whose lengths are plain numbers and would each be compiled anew
+        torch._dynamo.config.recompile_limit = 32                    # one graph per number of MLP pieces
         for block in model.blocks:
             block.qkv, block.mix = (torch.compile(part, dynamic=True) for part in (block.qkv, block.mix))
     result = {**provenance(model), "ckpt": args.ckpt, "scorer": args.scorer, "schedule": schedule.__dict__}
@@ -208,29 +212,12 @@ def main():
         if args.png:
             cost_against_length(result["bench"], args.png, f"{args.ckpt}, {hardware(model.device)}, {str(model.dtype).removeprefix('torch.')}")
     elif args.batch:
+        from bench import batch
         result["batch"] = batch(args, model, schedule, scorer, metadata)
     else:
         result |= side_by_side(args, model, schedule, scorer, metadata)
     if args.json:
         print(json.dumps(result))
-
-
-def batch(args, model, schedule, scorer, metadata):
-    """The first rows of the data in one batch, under both arms: texts and tokens a second."""
-    tokenizer, found = Tokenizer(args.ckpt), []
-    rows = read_rows(args.data or find(args.ckpt) / "train.jsonl", "heldout")[:args.batch]
-    prompts = [tokenizer.encode(prompt_text(row, args.template or metadata.get("template", "plain"))) for row in rows]
-    print(f"{len(rows)} rows in one batch, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
-    for name, arm in (("full", (None, None)), ("sdtp", (schedule, scorer))):
-        generate_batch(model, prompts, 2, *arm)                      # a warm-up
-        start = clock(model.device)
-        new = generate_batch(model, prompts, args.max_new_tokens or 48, *arm)
-        seconds = clock(model.device) - start
-        found.append({"arm": name, "seconds": seconds, "texts": [tokenizer.decode([t for t in row if t not in model.config.eos]) for row in new]})
-        print(f"\n{name}: {seconds:.2f} s, {sum(map(len, prompts + new)) / seconds:.0f} tokens/s")
-        for row, text in zip(rows, found[-1]["texts"]):
-            print(f"  {text!r}   right {row['response']!r}")
-    return found
 
 
 def side_by_side(args, model, schedule, scorer, metadata):

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 PAD = 1 << 30     # the position of padding and of free places in a static cache: after every query, so none sees it
-MLP_CHUNK = 16384  # tokens that go through the SwiGLU at once: its inner width is several times D, and 131,072 tokens would need 15 GB
+# Tokens of a row that go through the SwiGLU at once, whose inner width is several times D: on a GPU 131,072 would need
+# 15 GB, on a CPU what fits the cache is 5% faster.
+MLP_CHUNK = {"cpu": 1024, "cuda": 16384}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -174,8 +176,10 @@ class RMSNorm(nn.Module):
 
 def rotate(x, cos, sin):
     """Turn each pair (i, i + d/2) of x (B, heads, n, d) by its token's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    y, h = x * cos, x.shape[-1] // 2
+    y[..., :h].addcmul_(x[..., h:], sin[..., :h], value=-1)          # in place: half the time of joining (-b, a) first
+    y[..., h:].addcmul_(x[..., :h], sin[..., h:])
+    return y
 
 
 class Block(nn.Module):
@@ -210,8 +214,11 @@ class Block(nn.Module):
             k, v, pos = cache.append(k, v, pos)
         if keep is not None:
             y = masked_attention(q, k, v, visible(rope.pos, pos, rope.window), keep)
-        elif rope.window is None and (n == k.shape[2] or n == 1 and not cache.padded):
-            # survivors stay in order, so causal by index is causal by position; one new token sees everything held
+        elif n == 1 and k.shape[2] > 1:  # a group of query heads are its KV head's queries: every key is read once
+            see = visible(rope.pos, pos, rope.window) if rope.window or cache.padded else None
+            y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v, attn_mask=see).view(q.shape)
+        elif rope.window is None and n == k.shape[2]:
+            # survivors stay in order, so causal by index is causal by position
             y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=k.shape[1] != q.shape[1])
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(rope.pos, pos, rope.window), enable_gqa=k.shape[1] != q.shape[1])
@@ -221,9 +228,10 @@ class Block(nn.Module):
         """What follows attention: x (B, n, D), heads' outputs y (B, H, n, d) -> (B, n, D)."""
         x = x + self.o(y.transpose(1, 2).flatten(2))                 # (B, H, n, d) -> (B, n, H*d)
         h = self.mlp_norm(x)
-        if x.shape[1] <= MLP_CHUNK:
+        chunk = MLP_CHUNK.get(x.device.type, 16384)
+        if x.shape[1] <= chunk:
             return x + self.down(F.silu(self.gate(h)) * self.up(h))
-        return x + torch.cat([self.down(F.silu(self.gate(part)) * self.up(part)) for part in h.split(MLP_CHUNK, 1)], 1)
+        return x + torch.cat([self.down(F.silu(self.gate(part)) * self.up(part)) for part in h.split(chunk, 1)], 1)
 
 
 def visible(pos_q, pos_k, window=None):

@@ -149,8 +149,9 @@ def cost_against_length(rows, path, title):
     left.set_xticks(n, [str(m) for m in n], rotation=45)
     right.plot(n, [row["speedup"]["prefill"] for row in rows], marker="o", ms=3, label="prefill, measured")
     right.plot(n, [row["ideal"] for row in rows], "k--", lw=1, label="prefill, ideal by FLOPs")
-    right.plot(n, [row["speedup"]["e2e"] for row in rows], marker="o", ms=3, label="end to end, measured")
-    right.plot(n, [row["speedup"]["e2e_by_floors"] for row in rows], ":", color="grey", label="end to end, by the floors")
+    if rows[0]["full"]["decode_s"]:
+        right.plot(n, [row["speedup"]["e2e"] for row in rows], marker="o", ms=3, label="end to end, measured")
+        right.plot(n, [row["speedup"]["e2e_by_floors"] for row in rows], ":", color="grey", label="end to end, by the floors")
     right.set(xscale="log", xlabel="prompt tokens", ylabel="speed-up of SDTP")
     right.set_xticks(n, [str(m) for m in n], rotation=45)
     for ax in (left, right):

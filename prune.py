@@ -243,7 +243,7 @@ def predictor_scorer(predictors, prior=0.0):
         if not prior:
             return s
         real = pos < PAD            # padding takes the lowest ranks, below 0
-        rank = s.masked_fill(~real, -math.inf).argsort(1).argsort(1) - (~real).sum(1, keepdim=True)
+        rank = s.masked_fill(~real, -math.inf).argsort(dim=1, stable=True).argsort(1) - (~real).sum(1, keepdim=True)
         return rank / real.sum(1, keepdim=True) + prior * (1 - pos / (pos.where(real, 0).amax(1, keepdim=True) + 1))  # the last token always survives
     return scorer
 

@@ -16,7 +16,7 @@ from pictures import curve
 from prune import Schedule, flops, kv_bytes
 
 ROOT = Path(__file__).resolve().parent
-NAMES = {"full": "full model", "predictor": "**trained predictors**", "prior": "**trained predictors with the position prior** (beyond the paper)", "module": "trained predictors, without their context (the paper's module)", "random": "random", "recent": "latest tokens",
+NAMES = {"full": "full model", "predictor": "**trained predictors** (the paper's)", "prior": "**trained predictors + position prior** (beyond the paper)", "random": "random", "recent": "latest tokens",
          "earliest": "first tokens", "norm": "largest hidden state", "attention": "attention received, all queries", "attention16": "attention received, last 16 queries",
          "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)", "oracle:norm_g": "gradient oracle, norm of g", "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
          "predictor@5": "trained predictors, 5 stages (SDTP-low)", "compress": "prompt compression by the same scores", "full+h2o": "H2O at 40%", "full+local": "latest 40% only",
@@ -110,8 +110,9 @@ def long_prompts():
             score, nll = by[scorer, metric], by[scorer, "nll"]
             rows.append([f"{title} ({score['n']} rows, {found['prompt_tokens'][1]:.0f} tokens)", NAMES[scorer], f"{1 / score['mean_keep']:.2f}x",
                          f"{ {'rouge_l': 'ROUGE-L', 'f1': 'F1'}[metric] } " + plus(100 * score["value"], 100 * score["stderr"], 1), plus(nll["value"], nll["stderr"]),
+                         percent(nll["share_of_gap"], nll["share_stderr"]) if "share_of_gap" in nll else {"full": "100%", "random": "0%"}.get(scorer, ""),
                          *(f"{by[scorer, part + '_speedup']['value']:.2f}x" for part in ("prefill", "e2e"))])
-    return markdown(["rows", "kept by", "compression", "answer", "NLL of the reference", "prefill", "end to end, 64 new tokens"], rows) + source(*(f"smollm2_{n}" for n in names))
+    return markdown(["rows", "kept by", "compression", "answer", "NLL of the reference", "share of the random-to-full gap", "prefill", "end to end, 64 new tokens"], rows) + source(*(f"smollm2_{n}" for n in names))
 
 
 def h2o():
@@ -123,6 +124,28 @@ def h2o():
              plus(by["Dolly", s]["vs_full"], by["Dolly", s]["vs_full_stderr"]) if s != "full" else ""] for s in ("full", "full+h2o", "predictor", "predictor+h2o", "full+local")]
     head = ["", *(f"{t}, 5-shot accuracy ({by[t, 'full']['n']} rows)" for t in accuracy), f"Dolly, NLL ({by['Dolly', 'full']['n']} rows)", "NLL against full (paired)"]
     return markdown(head, rows) + source(*files.values())
+
+
+def speed(name):
+    """Table 2, measured: a row per prompt length and arm."""
+    found, rows = result(name), []
+    for r in found["bench"]:
+        for arm, title in (("transformers", "transformers, full"), ("full", "full"), ("sdtp", "**SDTP**")):
+            if arm not in r:
+                continue
+            a = r[arm]
+            cells = [r["n"], title, f"{a['prefill_s']:.3f} s", f"{a['flops_s'] / 1e9:.0f} GFLOP/s = {a['of_peak']:.0%}", f"{1e3 * a['decode_s']:.1f} ms", f"{a['bytes_s'] / 1e9:.1f} GB/s = {a['of_copy']:.0%}",
+                     f"{a['e2e_s']:.2f} s", f"{(a['peak_bytes'] or 0) / 1e9:.2f} GB", f"{a['kv_bytes'] / 1e6:.0f} MB"]
+            if arm == "sdtp":
+                s = r["speedup"]
+                cells += [f"{s['prefill']:.2f}x of {r['ideal']:.2f}x = {r['share_of_ideal']:.0%}", f"{s['e2e']:.2f}x ({s['e2e_by_floors']:.2f}x)", f"{r['pruning_share']:.1%}"]
+            else:
+                cells += ["" if arm == "full" or "vs" not in r else f"full is {r['vs']['prefill']:.2f}x as fast", "" if arm == "full" else f"decode {r['vs']['decode']:.2f}x", ""]
+            rows.append(cells)
+    first = found["bench"][0]
+    head = ["N", "arm", "prefill", f"of the matmul peak, {first['peak_flops'] / 1e9:.0f} GFLOP/s", "decode, per token", f"of the copy bandwidth, {first['copy_bytes_s'] / 1e9:.1f} GB/s", "end to end", "peak memory", "KV",
+            "prefill speed-up of its ideal", "end to end (by the floors)", "stages' share of prefill"]
+    return markdown(head, rows) + source(name)
 
 
 def study(name):
@@ -139,7 +162,7 @@ def study(name):
     return markdown(["variant", f"NLL per token ({found[0]['n']} rows)", "tokens kept", "share of gap"] + ([] if group else ["against the first row (paired)"]), rows) + source(name)
 
 
-TABLES = {"toy": toy, "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
+TABLES = {"toy": toy, "speed": lambda: speed("smollm2_speed_cpu"), "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
           "losses": lambda: study("smollm2_losses"), "targets": lambda: study("smollm2_targets"), "open": lambda: study("smollm2_open/"),
           "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}

@@ -113,8 +113,7 @@ def losses(model, predictors, tokens, prompt_len, schedule, args, marks=None, le
             alive.append(free & (survivors(target, pos, prompt_len, lengths, s, schedule) > 0))
     for s, (pi, target, m) in enumerate(zip(logits, targets, alive), start=1):
         need(torch.isfinite(target[m]).all() and torch.isfinite(pi).all(), f"stage {s}: saliency or score is not finite")
-        for row in ((v[b:b + 1] for v in (score(pi), target, m)) for b in range(len(tokens))):
-            row = tuple(row)
+        for row in zip(score(pi).split(1), target.split(1), m.split(1)):
             if args.mse:
                 found["mse"] = found.get("mse", 0) + mse_loss(*row) / len(tokens)
             if args.rank:
@@ -271,7 +270,7 @@ def arguments():
     parser.add_argument("--epochs", type=at_least(1), help="passes over the rows (default: 2, the paper's; on the toy's own rows 1)")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
     parser.add_argument("--accum", type=at_least(1), default=4, help="rows whose gradients are added up before a step")
-    parser.add_argument("--batch", type=at_least(1), default=1, help="rows that go through the model together, padded to the longest (the same step, faster on a GPU)")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="rows that go through the model together, padded to the longest (the same step, but for the noise of --mask gumbel, and faster on a GPU)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate; a cosine follows")
     parser.add_argument("--cls", type=float, default=1.0, help="weight of the pruned model's cross entropy, Eq. 7")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of the README from nothing: bash results/make.sh DATA, where DATA is a folder with the data sets' JSONL files.
+# Every measured table of the README from nothing: bash results/make.sh DATA, where DATA is a folder with the data sets' JSONL files.
 # A result that is there already is not measured again; a command that was stopped goes on where it was.
 # RESULTS=FOLDER bash results/make.sh DATA measures everything anew into another folder, to compare.
 set -euo pipefail
@@ -22,6 +22,9 @@ mkdir -p out "$results"
 real="--ckpt smollm2 --dtype bfloat16"
 dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
 
+make toy_exact python checkpoints/toy.py --eval 500
+make smollm2_training python train.py $real $dolly --cls 0 --mse 0 --pairs saliency --states marked --hold --epochs 2 --report-every 200 --calibrate 96 --out out/smollm2
+make smollm2_figure2 python saliency.py --figure 2 --ckpt smollm2 $dolly --limit 24 --png "$results/smollm2_figure2.png"
 make smollm2_nll python eval.py $real $dolly --limit 120
 make smollm2_text python eval.py $real --task text --data $data/wikitext2_valid.jsonl --max-prompt 256 --max-response 64 --limit 40
 for task in copa piqa winogrande boolq; do
@@ -46,4 +49,7 @@ make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
 make smollm2_targets $study --table targets --rows 300 --limit 40
 make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
 make smollm2_figures $study --table figures --rows 100 --limit 16 --png "$results/smollm2"
+speed="python infer.py --ckpt smollm2 --bench"
+make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile
+make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 --png "$results/smollm2_cost_cpu.png"
 if [[ $results == results ]]; then python report.py; fi

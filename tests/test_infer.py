@@ -146,8 +146,18 @@ def test_static_decode_equals_plain_decode_on_ragged_caches(tokens, window):
             assert torch.allclose(step(tokens[:, i:i + 1]), extend(model, tokens[:, i:i + 1], i, plain)[:, -1], atol=1e-5)
         a, b = (infer.generate(model, tokens[:1], 8, *arm, eos=(), static=s) for s in (False, True))
         assert a.tokens == b.tokens and a.kv_bytes == b.kv_bytes
+    with pytest.raises(ValueError, match="no room"):
+        infer.static_decode(model, prefill(model, tokens)[1], 60, 64)
     with pytest.raises(ValueError, match="static shapes"):
         infer.generate(model, tokens[:1], 8, h2o=0.4, static=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_cuda_graph_decodes_what_plain_decode_does(tokens):
+    model = tiny_model().cuda()
+    for arm in ((None, None), (SCHEDULE, norm_scorer())):
+        plain, graph = (infer.generate(model, tokens[:1].cuda(), 12, *arm, eos=(), static=s) for s in (False, True))
+        assert plain.tokens == graph.tokens and plain.kv_bytes == graph.kv_bytes
 
 
 def test_h2o_that_keeps_everything_changes_nothing(tiny, tokens):

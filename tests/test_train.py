@@ -37,8 +37,8 @@ def test_each_loss_alone_reaches_every_stage_and_never_the_backbone(tiny, tokens
     found[loss].backward()
     for stage, p in enumerate(predictors):
         for name, w in p.named_parameters():
-            # adding a constant to both logits changes nothing, so no more than this is asked of a bias
-            assert torch.isfinite(w.grad).all() and (w.grad != 0).any(), (stage, name)
+            # a constant added to all scores changes no ranking, so the ranking loss leaves the last bias alone but for rounding
+            assert torch.isfinite(w.grad).all() and ((w.grad != 0).any() or (loss, name) == ("rank", "down.bias")), (stage, name)
     assert all(p.grad is None for p in tiny.parameters())
 
 
