@@ -13,6 +13,7 @@ Shapes: B rows, N tokens (prompt and response), S stages, D hidden.
 import argparse
 import json
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -201,8 +202,9 @@ def rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup * steps) / max(1, (1 - warmup) * steps)))
 
 
-def train(model, rows, heldout, schedule, args, out, held=None, validation=()):
-    """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log."""
+def train(model, rows, heldout, schedule, args, out, held=None, validation=(), stop=()):
+    """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log. Once `stop` is
+    not empty (a signal came) it saves and leaves after the step that it is in."""
     torch.manual_seed(args.seed)
     S = len(schedule.after(len(model.blocks)))
     need(S > 0, f"no stage of {schedule} stands before the last of {len(model.blocks)} blocks")
@@ -252,10 +254,12 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=()):
             log[-1]["heldout"] = report(model, predictors.eval(), heldout, schedule, args.reduce)
             predictors.train()
             print("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in log[-1]["heldout"].items()), flush=True)
-        if step == steps or time.time() - saved > args.save_every:
+        if step == steps or stop or time.time() - saved > args.save_every:
             save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
+        if stop and step < steps:
+            sys.exit(f"\nstopped and saved after step {step} of {steps}: the same command with --resume goes on")
     if validation:
         prior = calibrate(model, predictors.eval(), validation, schedule)
         save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
@@ -315,8 +319,15 @@ def main():
     out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
     out = out if out.suffix == ".safetensors" else out / "predictors.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    log = train(model, rows, heldout, schedule, args, out, validation=validation)
+    start, stop = time.time(), []
+
+    def asked(number, frame):
+        if stop:                    # twice: at once, without saving
+            raise KeyboardInterrupt
+        stop.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, asked)
+    log = train(model, rows, heldout, schedule, args, out, validation=validation, stop=stop)
     if args.png:
         from pictures import curve
         curve(log, args.png)

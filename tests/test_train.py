@@ -1,11 +1,15 @@
 """Eq. 7 and 8: what each loss reaches, the masks, resume after a kill, and a run that stops on NaN."""
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import train as T
 from common import Example
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from model import masked_attention, positions, visible
 from predictor import Predictor, load_predictors, load_tensors
 from prune import Schedule
@@ -166,6 +170,21 @@ def test_resume_after_a_kill_gives_the_losses_of_an_unbroken_run(tmp_path, monke
     again, resumed = run(tmp_path, "broken", "--steps", 8, "--resume")
     assert resumed == whole
     a, b = load_tensors(out)[0], load_tensors(again)[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(tmp_path):
+    words = [sys.executable, "train.py", "--steps", "4", "--accum", "1", "--report-rows", "0", "--save-every", "1000000", "--max-prompt", "420", "--limit", "4"]
+    running = subprocess.Popen([*words, "--out", tmp_path / "broken"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "step 1/4" not in seen:
+        seen += (more := running.stdout.read(1))
+        assert more, running.stderr.read()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 1 and "stopped and saved after step" in running.stderr.read()
+    for name, more in (("broken", ["--resume"]), ("whole", [])):
+        subprocess.run([*words, "--out", tmp_path / name, *more], cwd=ROOT, check=True, capture_output=True)
+    a, b = (load_tensors(tmp_path / name / "predictors.safetensors")[0] for name in ("broken", "whole"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
