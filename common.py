@@ -121,6 +121,7 @@ def add_data_arguments(parser, limit):
 
 def rows_from(args, tokenizer, split, template=None, limit=None):
     """`examples` with the options of `add_data_arguments`."""
+    need(args.data or Path(args.ckpt).name == "toy", f"{args.ckpt} has no rows of its own: name a file with --data")
     path = args.data or Path(__file__).resolve().parent / "checkpoints" / "toy" / "train.jsonl"
     return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt, args.max_prompt, args.max_response,
                     args.context, limit or args.limit, args.question)

@@ -115,7 +115,7 @@ def sweep(rows, keeps, label, title, path):
     ax.axhline(0, color="grey", lw=0.8)
     ax.set(xlabel=label, ylabel="NLL per token above the full model", title=title)
     if len(keeps) > 1:
-        ax.legend()
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 

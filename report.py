@@ -16,7 +16,7 @@ from pictures import curve
 from prune import Schedule, flops, kv_bytes
 
 ROOT = Path(__file__).resolve().parent
-NAMES = {"full": "full model", "predictor": "**trained predictors** (the paper's)", "prior": "**trained predictors + position prior** (beyond the paper)", "random": "random", "recent": "latest tokens",
+NAMES = {"full": "full model", "predictor": "**trained predictors**", "prior": "trained predictors + position prior", "random": "random", "recent": "latest tokens",
          "earliest": "first tokens", "norm": "largest hidden state", "attention": "attention received, all queries", "attention16": "attention received, last 16 queries",
          "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)", "oracle:norm_g": "gradient oracle, norm of g", "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
          "predictor@5": "trained predictors, 5 stages (SDTP-low)", "compress": "prompt compression by the same scores", "full+h2o": "H2O at 40%", "full+local": "latest 40% only",

@@ -4,9 +4,9 @@ Each table trains its variants with train.py's own loop and reads the same held-
 table differ in one thing. Quality is the share of the random-to-full gap in response likelihood that a variant wins back:
 it tells variants apart that accuracy on as many rows could not.
 
-    python study.py --ckpt smollm2 --data dolly.jsonl --table losses --dtype bfloat16           # Tables 4 and 5
-    python study.py --ckpt smollm2 --data dolly.jsonl --table figures --png results/smollm2     # Figures 4 and 5
-    python study.py --ckpt smollm2 --data dolly.jsonl --table open --text wikitext.jsonl        # what the paper leaves open
+    python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table losses --dtype bfloat16           # Tables 4 and 5
+    python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table figures --png results/smollm2     # Figures 4 and 5
+    python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table open --text wikitext.jsonl        # what the paper leaves open
     python study.py                                                                             # --table losses on the toy
 
 What is trained and measured is kept under --work: the same command goes on where it was stopped.
@@ -191,6 +191,7 @@ def main():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
     args = parser.parse_args()
+    need(not args.predictors, "study.py trains its own predictors: leave out --predictors")
     tokenizer, model, start = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device), time.time()
     schedule, args.backbone = schedule_from(args, len(model.blocks)), digest(model.blocks[0], model.norm)
     rows, heldout = (rows_from(args, tokenizer, split, limit=limit) for split, limit in (("train", args.rows), ("heldout", args.limit)))

