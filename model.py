@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 PAD = 1 << 30     # the position of padding and of free places in a static cache: after every query, so none sees it
-# Tokens of a row that go through the SwiGLU at once, whose inner width is several times D: on a GPU 131,072 would need
-# 15 GB, on a CPU what fits the cache is 5% faster.
+# Tokens of a row that go through the SwiGLU at once, whose inner width is several times D: on a GPU that bounds the memory of
+# long prompts, on a CPU the inner values stay in the cache.
 MLP_CHUNK = {"cpu": 1024, "cuda": 16384}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -177,7 +177,7 @@ class RMSNorm(nn.Module):
 def rotate(x, cos, sin):
     """Turn each pair (i, i + d/2) of x (B, heads, n, d) by its token's angle."""
     y, h = x * cos, x.shape[-1] // 2
-    y[..., :h].addcmul_(x[..., h:], sin[..., :h], value=-1)          # in place: half the time of joining (-b, a) first
+    y[..., :h].addcmul_(x[..., h:], sin[..., :h], value=-1)          # in place, without the copy that joining (-b, a) would make
     y[..., h:].addcmul_(x[..., :h], sin[..., h:])
     return y
 
