@@ -50,6 +50,6 @@ make smollm2_targets $study --table targets --rows 300 --limit 40
 make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
 make smollm2_figures $study --table figures --rows 100 --limit 16 --png "$results/smollm2"
 speed="python infer.py --ckpt smollm2 --bench"
-make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile
+make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
 make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 --png "$results/smollm2_cost_cpu.png"
 if [[ $results == results ]]; then python report.py; fi
