@@ -96,6 +96,7 @@ def digest(*parts):
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for p in part.parameters():
+                p = p.to_local() if hasattr(p, "to_local") else p    # of a parameter in slices this process's
                 found.update(p.detach().float().cpu().numpy().tobytes())
         elif isinstance(part, Path):
             found.update(part.read_bytes())

@@ -26,7 +26,7 @@ scorers: full; predictor, prior (the same with its calibrated preference for a p
 
 --min-prompt, --max-prompt, --context, --template and --question shape the tasks nll and long (text: --max-prompt alone).
 
-Rows already measured are kept in --log: the same command goes on where it was stopped.
+Rows already measured are kept in --rows-file: the same command goes on where it was stopped.
 
 Shapes: B = 1 row, N prompt tokens, S stages.
 """
@@ -34,6 +34,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
@@ -44,6 +45,7 @@ import torch
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
 from infer import add_pruning_arguments, clock, generate, load_pruning
 from model import Tokenizer, need, positions
+from parallel import agreed, first_says, place
 from prune import H2O, SCORERS, extend, make_scorer, oracle_scorer, prefill, select
 from saliency import REDUCE, saliency
 from tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_l, text_items
@@ -115,7 +117,7 @@ def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new
             begin = clock(model.device)
             text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed)), None
         else:
-            scorer = make_scorer(name, model, used, predictors, seed, prior)
+            scorer = agreed(make_scorer(name, model, used, predictors, seed, prior))
         spent = clock(model.device) - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
         answers, seconds = read_answers(model, text, item.answers, used, scorer, h2o)
         counts = used.counts(text.shape[1], L) if used else [text.shape[1]] * L
@@ -132,18 +134,21 @@ def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new
 def measure_rows(model, items, log, run, arms, *rest, **options):
     """`measure` for every item; each row is appended to the file `log` at once, and rows found there are not measured again."""
     done = []
-    if log.is_file():
+    if place().rank:                # of several processes the first keeps the file
+        log = Path(os.devnull)
+    elif log.is_file():
         lines = log.read_text(encoding="utf-8").split("\n")
-        need(lines[0] == run, f"{log}: these rows belong to another command; give --log another file")
+        need(lines[0] == run, f"{log}: these rows belong to another command; name another file with --rows-file")
         done = [json.loads(line) for line in lines[1:-1]]            # what follows the last newline was cut off by a kill
-        need([row.pop("row", None) for row in done] == list(range(len(done))), f"{log}: its rows are not in order; start with another --log")
+        need([row.pop("row", None) for row in done] == list(range(len(done))), f"{log}: its rows are not in order; name another file with --rows-file")
         with log.open("r+b") as f:
             f.truncate(len("\n".join(lines[:-1]).encode()) + 1)
         print(f"{len(done)} rows are in {log} already")
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(run + "\n", encoding="utf-8")
-    start, had = time.time(), len(done)
+    start, had = time.time(), first_says(len(done))
+    done = done or [None] * had
     with log.open("a", encoding="utf-8") as f:
         for row in range(had, len(items)):
             if row == had:          # a warm-up, thrown away, because rows are also timed
@@ -222,7 +227,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64, help="task long: tokens generated in every arm (the text ends at eos)")
     parser.add_argument("--rouge", action="store_true", help="task long: ROUGE-L instead of F1 (for summaries)")
     parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
-    parser.add_argument("--log", help="JSONL of the rows measured so far (default: a file under out/eval/ named after the command)")
+    parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far (default: a file under out/eval/ named after the command)")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
@@ -232,6 +237,7 @@ def main():
                "text": ("random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"), "long": ("compress", "random", "recent")}
     arms = args.scorers or ["full", *trained, *(a for a in default.get(args.task, ("random", "recent", "attention")) if trained or a != "compress")]
     for arm in arms:
+        need(not (args.tp and arm.startswith("attention")), "--tp: attention is not summed over the heads of other processes, leave out the attention scorers")
         parse_arm(arm, 1, args.h2o)
     template = args.template or metadata.get("template", "plain")
     need(args.task == "nll" or args.data, f"--task {args.task} needs --data")
@@ -246,12 +252,14 @@ def main():
     lengths = [len(item.prompt) for item in items]
     print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to {max(lengths)} tokens, stages after blocks {schedule.after(len(model.blocks))},"
           f" keep {schedule.keep}: {1 - schedule.share(len(schedule.after(len(model.blocks)))):.0%} dropped by the last stage", flush=True)
-    start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("log", "json", "limit")}
+    start, options = time.time(), {k: v for k, v in vars(args).items() if k not in ("rows_file", "json", "limit")}
     depends = [model.blocks[0], model.norm] + ([predictors] if predictors is not None else []) + ([Path(args.data)] if args.data else [])
     run = json.dumps([options, arms, schedule.__dict__, metadata.get("prior", 0.0), str(model.dtype), str(model.device), digest(*depends)])  # a --limit may grow
-    log = Path(args.log or Path("out", "eval", f"{args.task}-{digest(run)}.jsonl"))
+    log = Path(args.rows_file or Path("out", "eval", f"{args.task}-{digest(run)}.jsonl"))
     done = measure_rows(model, items, log, run, arms, schedule, predictors, metadata.get("prior", 0.0), share=args.h2o,
                         new=args.max_new_tokens if args.task == "long" else 0, tokenizer=tokenizer, rouge=args.rouge)
+    if place().rank:
+        return
     rows = table(done[:len(items)], arms, args.task, items, args.rouge)
     if args.json:
         print(json.dumps({**provenance(model), "ckpt": args.ckpt, "task": args.task, "data": args.data and Path(args.data).name, "seconds": time.time() - start,

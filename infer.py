@@ -25,6 +25,7 @@ from torch import nn
 
 from common import TEMPLATES, at_least, cli, hardware, prompt_text, provenance, read_rows
 from model import DTYPES, Tokenizer, find, load, need
+from parallel import agreed, join, place, tensor_parallel
 from pictures import dropped_at, survivors_page, survivors_text
 from predictor import Predictor, load_predictors
 from prune import H2O, SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
@@ -146,12 +147,15 @@ def add_pruning_arguments(parser):
     parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the checkpoint directory)")
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's heads and SwiGLU among the processes (tensor parallel)")
     add_schedule_arguments(parser)
 
 
 def load_pruning(args):
-    """-> model, schedule, predictors (None where there are none) and their metadata."""
-    model = load(args.ckpt, DTYPES.get(args.dtype), args.device)
+    """-> model, schedule, predictors (None where there are none), and their metadata."""
+    device = join(args.device)
+    need((place().world > 1) == bool(args.tp), "--tp and torchrun --nproc-per-node N belong together: the one is of no use without the other")
+    model = load(args.ckpt, DTYPES.get(args.dtype), device, tensor_parallel() if args.tp else None)
     if args.ckpt.startswith("random:"):
         schedule = schedule_from(args, len(model.blocks))
         untrained = nn.ModuleList(Predictor(model.config.dim) for _ in schedule.after(len(model.blocks)))
@@ -194,7 +198,10 @@ def main():
     need(not (args.bench and args.batch), "--bench or --batch, not both")
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
-    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0))
+    need(not args.tp or not (args.compile or args.vs or args.scorer.startswith("attention")), "--tp runs without --compile, --vs and the attention scorers (a process knows its own heads only)")
+    scorer = agreed(make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0)))
+    if place().rank:                 # one writer
+        args.html = args.png = None
     if args.compile:                # all but attention and the cache, whose lengths are plain numbers and would each be compiled anew
         torch._dynamo.config.recompile_limit = 32                    # one graph per number of MLP pieces
         for block in model.blocks:

@@ -105,6 +105,7 @@ SHAPES = {  # for `random:NAME`; the position limit is lifted to 131,072 so that
     "llama-7b": Config(4096, 32, 32, 32, 128, 11008, 32000, bos=1, eos=(2,)),
     "mistral-7b": Config(4096, 32, 32, 8, 128, 14336, 32000, rope_theta=1e6, bos=1, eos=(2,)),
     "llama-3-8b": Config(4096, 32, 32, 8, 128, 14336, 128256, rope_theta=5e5, rope_llama3=(8.0, 1.0, 4.0, 8192.0), bos=128000, eos=(128001,)),
+    "llama-3-70b": Config(8192, 80, 64, 8, 128, 28672, 128256, rope_theta=5e5, rope_llama3=(8.0, 1.0, 4.0, 8192.0), bos=128000, eos=(128001,)),
 }
 
 
@@ -354,10 +355,11 @@ def hf_name(name):
     return f"model.layers.{i}.{part}.{kind}"
 
 
-def load(path, dtype=None, device=None):
+def load(path, dtype=None, device=None, split=None):
     """Read a checkpoint directory in Hugging Face layout, or build `random:NAME`; returns a frozen Llama in eval mode.
 
-    dtype: default bfloat16 on cuda, float32 elsewhere. device: default cuda if there, else cpu.
+    dtype: default bfloat16 on cuda, float32 elsewhere. device: default cuda if there, else cpu. split: lays the still empty model out
+    over several processes and returns a reader for this one's slice of a tensor in a file (parallel.py makes them).
     Raises FileNotFoundError or ValueError with one line when a file is missing, damaged, or holds another model.
     """
     from safetensors import SafetensorError, safe_open
@@ -372,9 +374,12 @@ def load(path, dtype=None, device=None):
         need(name in SHAPES, f"unknown shape {name!r}; there are {', '.join(SHAPES)}")
         with torch.device("meta"):
             model = Llama(SHAPES[name]).to(dtype)
+        if split:
+            split(model)
         model = model.to_empty(device=device)
         for p in model.parameters():
-            p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1)
+            here = p.data.to_local() if split and hasattr(p, "to_local") else p.data
+            here.normal_(0, 0.02) if p.dim() > 1 else here.fill_(1)
         return model.eval().requires_grad_(False)
 
     root = find(path)
@@ -392,7 +397,8 @@ def load(path, dtype=None, device=None):
         shards = [root / file for file in sorted(set(places.values()))]
     with torch.device("meta"):      # shapes without memory: each tensor is put in place as it is read
         model = Llama(config)
-    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    read = split(model) if split else None
+    wanted = {hf_name(name): (name, p) for name, p in model.named_parameters()}
     state = {}
     for shard in shards:
         need(shard.is_file(), f"{shard}: this shard is missing")
@@ -402,11 +408,11 @@ def load(path, dtype=None, device=None):
                     if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tied):
                         continue    # derived values that some files carry along
                     need(key in wanted, f"{shard}: tensor {key!r} has no place in a model of this config.json")
-                    name, shape = wanted[key]
+                    name, p = wanted[key]
                     found = tuple(f.get_slice(key).get_shape())
-                    need(found == tuple(shape), f"{shard}: {key} has shape {found}, config.json asks for {tuple(shape)}")
+                    need(found == tuple(p.shape), f"{shard}: {key} has shape {found}, config.json asks for {tuple(p.shape)}")
                     need(name not in state, f"{shard}: tensor {key!r} stands in two shards")
-                    tensor = f.get_tensor(key)
+                    tensor = read(p, f.get_slice(key)) if split else f.get_tensor(key)
                     need(tensor.is_floating_point(), f"{shard}: {key} holds {tensor.dtype}, expected floating point weights")
                     state[name] = tensor.to(dtype)
         except (SafetensorError, OSError) as e:

@@ -87,6 +87,11 @@ class Stage(NamedTuple):
     kept: torch.Tensor              # (B, k)
 
 
+def candidates(pos, prompt_len, schedule):
+    """The tokens that may be dropped: neither sink, nor local, nor response, nor padding. pos (B, n), B prompt lengths -> bool (B, n)."""
+    return (pos >= schedule.sink) & (pos < torch.tensor([[n - local_tokens(n, schedule.local)] for n in prompt_len], device=pos.device))
+
+
 def select(score, pos, k, prompt_len, sink=4, local=0.1):
     """Which of the n tokens survive: score and pos (B, n) -> indices (B, k), increasing.
 
@@ -175,7 +180,7 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None, lengths
     counts = schedule.counts(N, L) if schedule else [N] * L          # of the longest row, which has the most at every block
     after = schedule.after(L) if schedule else []
     need(scorer or not after, "a schedule needs a scorer")
-    caches = [KVCache(model.config, B, n + room, tokens.device, model.dtype) for n in counts]
+    caches = [KVCache(block.c, B, n + room, tokens.device, model.dtype) for block, n in zip(model.blocks, counts)]
     trace, left = [], lengths
     pos = positions(tokens)
     if lengths:

@@ -24,9 +24,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
+from heldout import calibrate, report
 from model import DTYPES, PAD, Tokenizer, load, need, positions
-from predictor import (Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through)
-from prune import Schedule, add_schedule_arguments, beyond, local_tokens, nll, oracle_scorer, predictor_scorer, random_scorer, recent_scorer, schedule_from, select
+from parallel import add_up, join, place, sharded
+from predictor import Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through
+from prune import Schedule, add_schedule_arguments, beyond, candidates, schedule_from, select
 from saliency import IGNORE, REDUCE, mark, reduce_saliency, response_labels
 
 
@@ -40,11 +42,6 @@ def places(tokens, prompt_len, lengths):
     """Positions (B, N) with padding at PAD, and prompt_len and lengths as lists: an int stands for all rows."""
     lengths = lengths or [tokens.shape[1]] * len(tokens)
     return positions(tokens).masked_fill(beyond(lengths, tokens.device), PAD), [prompt_len] * len(tokens) if isinstance(prompt_len, int) else prompt_len, lengths
-
-
-def candidates(pos, prompt_len, schedule):
-    """The tokens that may be dropped: neither sink, nor local, nor response, nor padding. pos (B, n), B prompt lengths -> bool (B, n)."""
-    return (pos >= schedule.sink) & (pos < torch.tensor([[n - local_tokens(n, schedule.local)] for n in prompt_len], device=pos.device))
 
 
 def survivors(scores, pos, prompt_len, lengths, stage, schedule):
@@ -122,76 +119,29 @@ def losses(model, predictors, tokens, prompt_len, schedule, args, marks=None, le
     return found, kept
 
 
-def spearman(a, b):
-    """Rank correlation of two vectors (n,)."""
-    a, b = (v.float().argsort().argsort().float() for v in (a, b))
-    a, b = a - a.mean(), b - b.mean()
-    return ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9)).item()
-
-
-def report(model, predictors, rows, schedule, reduce):
-    """Held-out measures: mean spearman and top-k overlap with the saliency over stages and rows, and NLL per response token."""
-    after = schedule.after(len(model.blocks))
-    rho, overlap, total, count = [], [], {}, 0
-    for row, example in enumerate(rows):
-        tokens, n = example.tokens[None].to(model.device), example.prompt_len
-        states, grads, _ = mark(model, tokens, n, after)
-        s = torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)])
-        free = candidates(positions(tokens), [n], schedule)[0]
-        for stage, x in enumerate(states):
-            predicted, true = score(predictors[stage](x))[0, free], s[stage][0, free]
-            if len(true) < 2:
-                continue
-            k = max(1, round(schedule.share(stage + 1) * len(true)))
-            rho.append(spearman(predicted, true))
-            overlap.append(len(set(predicted.topk(k).indices.tolist()) & set(true.topk(k).indices.tolist())) / k)
-        for name, scorer in (("full", None), ("sdtp", predictor_scorer(predictors)), ("random", random_scorer(row)),
-                             ("recent", recent_scorer()), ("oracle", oracle_scorer(s))):
-            total[name] = total.get(name, 0) + nll(model, tokens, n, schedule if scorer else None, scorer).sum().item()
-        count += tokens.shape[1] - n
-    return {"spearman": sum(rho) / max(1, len(rho)), "overlap": sum(overlap) / max(1, len(overlap)), **{f"nll_{k}": v / count for k, v in total.items()}}
-
-
 def settings(model, rows, schedule, args):
     """What two runs must share so that one can go on with the other's state."""
     names = ("accum", "batch", "lr", "warmup", "steps", "epochs", "cls", "mse", "rank", "distill", "reduce", "pairs", "mask", "tau", "states", "seed")
     return json.dumps([{k: getattr(args, k) for k in names}, schedule.__dict__, fingerprint(model.config), str(model.dtype), digest(rows)])
 
 
-def calibrate(model, predictors, rows, schedule, priors=(0.0, 0.25, 0.5, 1.0, -0.25, -0.5)):
-    """Beyond the paper: the prior of the scorer under which the pruned model finds these rows likeliest. Not the rows trained on: there
-    the predictors know more than they will know later, and the prior comes out too small."""
-    total = {}
-    for prior in priors:
-        values = [nll(model, e.tokens[None].to(model.device), e.prompt_len, schedule, predictor_scorer(predictors, prior)) for e in rows]
-        total[prior] = (sum(v.sum() for v in values) / sum(v.numel() for v in values)).item()
-        print(f"calibrating: prior {prior} gives NLL {total[prior]:.4f} on {len(rows)} validation rows", flush=True)
-    return min(total, key=total.get)
-
-
 def save_state(path, predictors, optimizer, step, log, run):
-    """Everything that an unbroken run would have in memory, as safetensors."""
+    """Everything that an unbroken run would have in memory, as safetensors. Rows and random numbers follow from seed and step."""
     tensors = {f"p.{k}": v for k, v in predictors.state_dict().items()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"o.{i}.{k}": v for k, v in optimizer.state.get(p, {}).items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     save_tensors(path, tensors, {"step": str(step), "log": json.dumps(log), "settings": run})
 
 
 def load_state(path, predictors, optimizer, run):
     """The reverse of save_state: -> (steps done, log)."""
     tensors, metadata = load_tensors(path)
-    need({"step", "log", "settings"} <= set(metadata) and "rng.cpu" in tensors, f"{path}: not a training state")
+    need({"step", "log", "settings"} <= set(metadata), f"{path}: not a training state")
     need(metadata["settings"] == run, f"{path}: it belongs to a run with other settings, rows or model; repeat that command, or start without --resume")
     predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         state = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"o.{i}.")}
         optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
     return int(metadata["step"]), json.loads(metadata["log"])
 
 
@@ -205,6 +155,8 @@ def rate(step, steps, warmup):
 def train(model, rows, heldout, schedule, args, out, held=None, validation=(), stop=()):
     """The training loop; writes `out` (predictors.safetensors) and, beside it, the state for --resume. Returns the log. Once `stop` is
     not empty (a signal came) it saves and leaves after the step that it is in."""
+    rank, world = place()
+    need(world == 1 or args.accum % (args.batch * world) == 0, f"--accum {args.accum} rows a step in batches of {args.batch} do not divide among {world} processes")
     torch.manual_seed(args.seed)
     S = len(schedule.after(len(model.blocks)))
     need(S > 0, f"no stage of {schedule} stands before the last of {len(model.blocks)} blocks")
@@ -217,11 +169,12 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=(), s
     step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
     print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
           + (f"; going on after step {step}" if step else ""), flush=True)
-    start, first, seen, saved, held = time.time(), step, 0, time.time(), {} if held is None else held
+    began, first, seen, saved, held = time.time(), step, 0, time.time(), {} if held is None else held
     while step < steps:
         optimizer.param_groups[0]["lr"] = args.lr * rate(step, steps, args.warmup)
         sums = {}
-        for first_row in range(step * args.accum, (step + 1) * args.accum, args.batch):
+        for first_row in range(step * args.accum, (step + 1) * args.accum, args.batch)[rank::world]:
+            torch.manual_seed(args.seed + 1000003 * first_row)       # Gumbel noise too is known from the seed and the row alone
             chosen = []
             for micro in range(first_row, min(first_row + args.batch, (step + 1) * args.accum)):
                 epoch, i = divmod(micro, len(rows))                  # every epoch in its own order, known from the seed alone
@@ -239,30 +192,33 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=(), s
                 raise ValueError(f"step {step + 1}: {e}; the files of the last save are kept") from None
             share = len(chosen) / args.accum
             (loss * share).backward()
-            seen += sum(lengths)
             for name, value in {**found, "loss": loss}.items():
                 sums[name] = sums.get(name, 0) + value.item() * share
+            sums["tokens"] = sums.get("tokens", 0) + sum(lengths)
+        sums, leave = add_up(list(predictors.parameters()), sums, bool(stop))
+        seen += sums.pop("tokens")
         torch.nn.utils.clip_grad_norm_(predictors.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log.append({"step": step, **{k: round(v, 6) for k, v in sums.items()}})
-        spent = time.time() - start
+        spent = time.time() - began
         print(f"\rstep {step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in sums.items()) + (f"  kept {kept[-1]:.0%}" if kept else "")
               + f"  {seen / spent:.0f} tokens/s  {spent / (step - first) * (steps - step):.0f} s left   ", end="\n" if step % args.report_every == 0 or step == steps else "", flush=True)
         if heldout and (step % args.report_every == 0 or step == steps):
             log[-1]["heldout"] = report(model, predictors.eval(), heldout, schedule, args.reduce)
             predictors.train()
             print("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in log[-1]["heldout"].items()), flush=True)
-        if step == steps or stop or time.time() - saved > args.save_every:
+        if rank == 0 and (step == steps or leave or time.time() - saved > args.save_every):
             save_predictors(out, predictors, model.config, schedule, steps=step, **notes)
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
-        if stop and step < steps:
+        if leave and step < steps:
             sys.exit(f"\nstopped and saved after step {step} of {steps}: the same command with --resume goes on")
     if validation:
         prior = calibrate(model, predictors.eval(), validation, schedule)
-        save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
+        if rank == 0:
+            save_predictors(out, predictors, model.config, schedule, steps=step, prior=prior, **notes)
     return log
 
 
@@ -301,6 +257,7 @@ def arguments():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the backbone (default: bfloat16 on cuda, else float32)")
+    parser.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen blocks over the devices (FSDP2), for a backbone that does not fit on one")
     parser.add_argument("--png", metavar="FILE", help="draw the training curve (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the log as one JSON object on the last line")
     add_schedule_arguments(parser)
@@ -311,7 +268,9 @@ def main():
     args = arguments().parse_args()
     need(args.cls or args.mse or args.rank or args.distill, "all loss weights are 0: nothing to train on")
     need(args.batch == 1 or not args.hold, "--hold keeps single rows: leave out --batch")
-    tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device)
+    device = join(args.device)
+    need(place().world > 1 or not args.shard, "--shard needs several processes: put torchrun --nproc-per-node N before the command")
+    tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), device, sharded() if args.shard else None)
     schedule = schedule_from(args, len(model.blocks))
     rows = rows_from(args, tokenizer, "train")
     heldout = rows_from(args, tokenizer, "heldout", limit=args.report_rows) if args.report_rows else []
@@ -319,7 +278,7 @@ def main():
     out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
     out = out if out.suffix == ".safetensors" else out / "predictors.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    start, stop = time.time(), []
+    begin, stop = time.time(), []
 
     def asked(number, frame):
         if stop:                    # twice: at once, without saving
@@ -328,12 +287,12 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
     log = train(model, rows, heldout, schedule, args, out, validation=validation, stop=stop)
-    if args.png:
+    if args.png and place().rank == 0:
         from pictures import curve
         curve(log, args.png)
-    print(f"wrote {out} after {time.time() - start:.0f} s; use it with --predictors {out}")
+    print(f"wrote {out} after {time.time() - begin:.0f} s; use it with --predictors {out}")
     if args.json:
-        print(json.dumps({**provenance(model), "seconds": time.time() - start, "out": str(out), "log": log}))
+        print(json.dumps({**provenance(model), "seconds": time.time() - begin, "out": str(out), "log": log}))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_long_contexts_lose_their_middle(tokenizer, tmp_path):
 
 def test_every_arm_on_the_toy(tokenizer):
     from infer import load_pruning
-    none = dict.fromkeys(("predictors", "device", "dtype", "first", "step", "stages", "keep", "sink", "local"))
+    none = dict.fromkeys(("tp", "predictors", "device", "dtype", "first", "step", "stages", "keep", "sink", "local"))
     model, schedule, predictors, _ = load_pruning(evaluation.argparse.Namespace(ckpt="toy", **none))
     row = json.loads((ROOT / "checkpoints" / "toy" / "train.jsonl").read_text().splitlines()[-1])
     example = tasks.encode_row(tokenizer, row)
@@ -188,7 +188,7 @@ def test_study_trains_measures_and_goes_on(tmp_path):
 
 def test_eval_command_goes_on_with_a_larger_limit(tmp_path):
     from test_infer import command
-    words = ("eval.py", "--scorers", "full", "random", "--log", tmp_path / "rows.jsonl", "--json")
+    words = ("eval.py", "--scorers", "full", "random", "--rows-file", tmp_path / "rows.jsonl", "--json")
     for limit in (1, 3):
         code, out, err = command(*words, "--limit", limit)
         assert code == 0 and json.loads(out.splitlines()[-1])["rows"][0]["n"] == limit, err

@@ -176,7 +176,7 @@ def test_h2o_that_keeps_everything_changes_nothing(tiny, tokens):
 
 def test_toy_answers_with_a_third_of_the_tokens():
     """A dozen held-out prompts: full and pruned by the committed predictors are right, random is mostly wrong."""
-    args = infer.argparse.Namespace(ckpt="toy", predictors=None, device="cpu", dtype=None, first=None, step=None, stages=None, keep=None, sink=None, local=None)
+    args = infer.argparse.Namespace(ckpt="toy", tp=False, predictors=None, device="cpu", dtype=None, first=None, step=None, stages=None, keep=None, sink=None, local=None)
     model, schedule, predictors, metadata = infer.load_pruning(args)
     assert 0.64 < schedule.pruned < 0.66 and len(schedule.after(12)) == schedule.stages
     right = {}

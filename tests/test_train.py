@@ -113,12 +113,6 @@ def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients())) and len(calls) == 5
 
 
-def test_calibration_finds_the_prior_that_the_rows_want(tiny, monkeypatch):
-    monkeypatch.setattr(T, "predictor_scorer", lambda predictors, prior: prior)
-    monkeypatch.setattr(T, "nll", lambda model, tokens, n, schedule, prior: torch.full((1, 3), abs(prior + 0.25)))
-    assert T.calibrate(tiny, None, rows(2), SCHEDULE) == -0.25
-
-
 def test_the_masks_gradient_is_that_of_letting_a_token_in_a_little():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 9, 12, generator=generator) for h in (4, 2, 2))
@@ -204,14 +198,6 @@ def test_resuming_another_run_is_refused(tmp_path):
         T.train(tiny_model(), rows(2), [], Schedule(1, 1, 2, 0.8), args, out)
 
 
-def test_spearman_and_rate():
-    a = torch.tensor([1.0, 5.0, 2.0, 9.0])
-    assert T.spearman(a, a.exp()) == pytest.approx(1) and T.spearman(a, -a) == pytest.approx(-1)
+def test_the_learning_rate_rises_and_falls():
     values = [T.rate(step, 100, 0.1) for step in range(100)]
     assert max(values) == 1.0 and values[0] == 0.1 and values[-1] < 0.11 and values[9:] == sorted(values[9:], reverse=True)
-
-
-def test_report_measures_every_arm(tiny):
-    found = T.report(tiny, fresh_predictors().eval(), rows(2), SCHEDULE, "norm_gx")
-    assert set(found) == {"spearman", "overlap", "nll_full", "nll_sdtp", "nll_random", "nll_recent", "nll_oracle"}
-    assert all(v == v for v in found.values()) and -1 <= found["spearman"] <= 1 and 0 < found["overlap"] <= 1
