@@ -62,6 +62,7 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
     N, eos, new = tokens.shape[1], model.config.eos if eos is None else eos, []
     start = clock(model.device)
     logits, caches, trace = prefill(model, tokens, schedule, scorer, max_new_tokens, h2o)
+    need(torch.isfinite(logits).all(), f"the logits are not finite in {model.dtype}: float16 overflows above 65,504, bfloat16 and float32 do not")
     counts = schedule.counts(N, len(caches)) if schedule else [N] * len(caches)
 
     def choose(logits):             # (1, V) -> (1, 1)

@@ -124,13 +124,15 @@ def fingerprint(config):
 
 def save_tensors(path, tensors, metadata):
     """Write a safetensors file under a temporary name, then rename it: a crash leaves the previous file whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")                  # always the same: what a kill leaves is written over next time
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-        temporary.chmod(0o644)      # safetensors writes files that only their owner can read
+        with temporary.open("wb") as f:
+            f.write(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
