@@ -170,7 +170,7 @@ def plan(config, n, schedule, devices, peak, memory, link, train_rows=1):
     whole = 2 * config.vocab * D * (1 if config.tied else 2)
     sent = lambda tokens: 2 * 2 * D * tokens * 2 * (W - 1) / W       # a block adds up twice, after o and after down
     found = {"n": n, "devices": W, "weights_bytes": block * L / W + whole, "activation_bytes": 2 * D * n * 4 + 2 * min(n, MLP_CHUNK["cuda"]) * config.ffn // W * 3,
-             "traffic_per_token_bytes": sent(1) * L, "train_gather_bytes": 2 * 2 * block * L * (W - 1) / W}
+             "traffic_per_token_bytes": sent(1) * L, "train_gather_bytes": 2 * block * L * (W - 1) / W}
     for arm, counts in (("full", [n] * L), ("sdtp", schedule.counts(n, L))):
         compute = flops(config, counts, schedule=schedule if arm == "sdtp" else None) / W / peak
         traffic = sum(map(sent, counts)) / link
@@ -200,7 +200,7 @@ def main():
     first = rows[0]
     print(f"{args.shape} on {args.devices} devices of {args.peak:g} TFLOP/s, {args.memory:g} GB/s, {args.link:g} GB/s to the next; bf16, {len(schedule.after(config.n_blocks))} stages, keep {schedule.keep}\n"
           f"each device: weights {first['weights_bytes'] / 1e9:.1f} GB; sends {first['traffic_per_token_bytes'] / 1e6:.2f} MB a token that passes all blocks\n"
-          f"training with --shard: {first['train_gather_bytes'] / 1e9:.0f} GB gathered per device for one forward and backward, {first['train_gather_bytes'] / 1e9 / args.link:.2f} s: raise --batch until the arithmetic takes longer\n\n"
+          f"training with --shard: the same {first['weights_bytes'] / 1e9:.1f} GB, and {first['train_gather_bytes'] / 1e9:.0f} GB gathered per device for a forward and its backward: {first['train_gather_bytes'] / 1e9 / args.link:.2f} s, however many rows (--batch) share it\n\n"
           "      N   arm    KV GB   activations GB   prefill s = arithmetic + traffic   decode ms   prefill speed-up (arithmetic, traffic)")
     for row in rows:
         for arm in ("full", "sdtp"):

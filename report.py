@@ -13,6 +13,7 @@ from pathlib import Path
 from common import cli
 from model import SHAPES, need
 from pictures import curve
+from parallel import plan
 from prune import Schedule, flops, kv_bytes
 
 ROOT = Path(__file__).resolve().parent
@@ -162,7 +163,19 @@ def study(name):
     return markdown(["variant", f"NLL per token ({found[0]['n']} rows)", "tokens kept", "share of gap"] + ([] if group else ["against the first row (paired)"]), rows) + source(name)
 
 
-TABLES = {"toy": toy, "speed": lambda: speed("smollm2_speed_cpu"), "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
+def plan_table():
+    """A 70B shape on eight devices, by arithmetic: what `python parallel.py` prints."""
+    rows = []
+    for n in (8192, 32768, 131072):
+        found = plan(SHAPES["llama-3-70b"], n, Schedule.scaled(80), 8, 6e14, 3e12, 3.5e11)
+        for arm, title in (("full", "full"), ("sdtp", "**SDTP**")):
+            r, s = found[arm], found["speedup"]
+            rows.append([f"{n // 1024}K", title, f"{found['weights_bytes'] / 1e9:.1f} GB", f"{r['kv_bytes'] / 1e9:.2f} GB", f"{found['activation_bytes'] / 1e9:.1f} GB", f"{r['compute_s']:.2f} s", f"{r['traffic_s']:.2f} s", f"{r['prefill_s']:.2f} s",
+                         f"{1e3 * r['decode_s']:.1f} ms", f"{s['prefill']:.2f}x ({s['compute']:.2f}x, {s['traffic']:.2f}x); {s['decode']:.2f}x" if arm == "sdtp" else ""])
+    return markdown(["N", "arm", "weights", "KV", "activations", "arithmetic", "traffic", "prefill", "decode, per token", "prefill speed-up (arithmetic, traffic); decode"], rows)
+
+
+TABLES = {"plan": plan_table, "toy": toy, "speed": lambda: speed("smollm2_speed_cpu"), "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
           "losses": lambda: study("smollm2_losses"), "targets": lambda: study("smollm2_targets"), "open": lambda: study("smollm2_open/"),
           "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
 from heldout import calibrate, report
 from model import DTYPES, PAD, Tokenizer, load, need, positions
-from parallel import add_up, join, place, sharded
+from parallel import add_up, first_says, join, place, sharded
 from predictor import Predictor, fingerprint, gumbel_mask, load_tensors, mse_loss, ranking_loss, save_predictors, save_tensors, score, straight_through
 from prune import Schedule, add_schedule_arguments, beyond, candidates, schedule_from, select
 from saliency import IGNORE, REDUCE, mark, reduce_saliency, response_labels
@@ -214,6 +214,7 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=(), s
             save_state(state, predictors, optimizer, step, log, run)
             saved = time.time()
         if leave and step < steps:
+            first_says(step)        # of several processes none leaves before the first has saved
             sys.exit(f"\nstopped and saved after step {step} of {steps}: the same command with --resume goes on")
     if validation:
         prior = calibrate(model, predictors.eval(), validation, schedule)

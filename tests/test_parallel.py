@@ -116,6 +116,7 @@ def worker(folder):
     """One of two processes: a tiny checkpoint of every kind, in slices, against the same one whole."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
     import golden
     from prune import norm_scorer, prefill
@@ -159,6 +160,10 @@ def worker(folder):
             everywhere = [torch.empty_like(kept) for _ in range(2)]
             dist.all_gather(everywhere, kept)
             assert torch.equal(everywhere[0], everywhere[1]) and torch.equal(kept, traces[1][0].kept)
+    model = load(path, device="cpu", split=parallel.tensor_parallel())
+    with torch.no_grad(), CommDebugMode() as moved:
+        model(tokens)
+    assert moved.get_total_counts() == 2 * len(model.blocks), moved.get_comm_counts()            # what `plan` reckons with
     print("both agree")
 
 
