@@ -255,7 +255,7 @@ def side_by_side(args, model, schedule, scorer, metadata):
     pieces, stage_of = [tokenizer.piece(t) for t in ids], dropped_at(trace, n)
     print(survivors_text(pieces, stage_of, len(trace), sys.stdout.isatty()))
     if args.html:
-        survivors_page(args.html, pieces, stage_of, trace)
+        survivors_page(args.html, pieces, stage_of, trace, schedule)
         print(f"wrote {args.html}")
     result = {"prompt_tokens": n, "expected": expected, "stage_of": stage_of, "ideal": flops(model.config, [n] * L) / flops(model.config, runs["sdtp"].counts, schedule=schedule)}
     print()

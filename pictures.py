@@ -1,12 +1,25 @@
-"""Every picture: survivors of a prompt in the terminal and as a page, Figures 1, 2, 4 and 5, training curve, cost against length.
+"""Every picture: survivors of a prompt in the terminal and as a page, Figures 1, 2, 4 and 5, training curve, cost and quality curves.
 
 matplotlib is an optional extra; what is printed as text, and the page, need nothing.
+
+    python pictures.py survivors.html survivors.png          # a picture of the page that infer.py --html wrote (needs Chromium)
+    python pictures.py "survivors.html#3.17" survivors.png   # at stage 3, token 17 in focus
 """
+import argparse
+import itertools
 import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
 
+from common import at_least, cli
+from model import need
+from prune import local_tokens
 
 
 def dropped_at(trace, n):
@@ -34,34 +47,40 @@ def survivors_text(pieces, stage_of, stages, color):
     return "".join(out) + f"\n\nkept to the end: {stage_of.count(0)} of {len(stage_of)}; dropped by " + ", ".join(legend)
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Survivors</title>
-<style>
-:root{color-scheme:light dark;--bg:#fdfdfb;--fg:#181818;--gone:#b9b9b4;--keep:#bfe8c4}
-@media(prefers-color-scheme:dark){:root{--bg:#161817;--fg:#eee;--gone:#55585a;--keep:#22572c}}
-body{background:var(--bg);color:var(--fg);font:16px/1.7 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-#text{white-space:pre-wrap;overflow-wrap:anywhere}#text span{border-radius:3px}#text .kept{background:var(--keep)}#text .gone{color:var(--gone);text-decoration:line-through}
-#text span:hover,#text span:focus{outline:2px solid currentColor}input{width:100%}#info{min-height:3.4em;font-variant-numeric:tabular-nums}
-</style><h1>Which tokens survive</h1><label for="stage">Stage <output id="number"></output></label>
-<input id="stage" type="range" min="0" value="0"><p id="info" aria-live="polite"></p><div id="text"></div><script>
-const data=DATA,slider=document.getElementById("stage"),text=document.getElementById("text"),info=document.getElementById("info");
-slider.max=data.blocks.length;slider.value=slider.max;
-const show=t=>{info.textContent=JSON.stringify(t.piece)+(t.stage?" dropped by stage "+t.stage:" kept to the end")+"; scores "+t.scores.join(", ")};
-for(const t of data.tokens){const e=document.createElement("span");e.textContent=t.piece;e.tabIndex=0;e.onmouseenter=e.onfocus=()=>show(t);text.append(e)}
-const draw=()=>{const s=+slider.value;let left=0;data.tokens.forEach((t,i)=>{const gone=t.stage&&t.stage<=s;left+=!gone;text.children[i].className=gone?"gone":s?"kept":""});
-document.getElementById("number").textContent=s+" of "+data.blocks.length+(s?", after block "+data.blocks[s-1]:"");info.textContent=left+" of "+data.tokens.length+" tokens left"};
-slider.oninput=draw;draw();</script></html>"""
-
-
-def survivors_page(path, pieces, stage_of, trace):
-    """The same as one self-contained page: a slider through the stages, a token's scores on hover or focus."""
-    scores = [[] for _ in pieces]
+def survivors_page(path, pieces, stage_of, trace, schedule):
+    """The same as one self-contained page (template: pictures.html): a slider through the stages, and each token's score at every
+    stage that saw it, with its rank among the tokens that compete (the protected ones do not)."""
+    n = len(pieces)
+    fixed = [p < schedule.sink or p >= n - local_tokens(n, schedule.local) for p in range(n)]
+    scores, ranks = [[] for _ in pieces], [[] for _ in pieces]
     for stage in trace:
-        for position, value in zip(stage.seen[0].tolist(), stage.score[0].tolist()):
-            scores[position].append(round(value, 3))
-    data = {"blocks": [stage.block for stage in trace],
-            "tokens": [{"piece": p, "stage": s, "scores": v} for p, s, v in zip(pieces, stage_of, scores)]}
+        values = dict(zip(stage.seen[0].tolist(), stage.score[0].float().nan_to_num(-math.inf).tolist()))
+        for p, value in values.items():
+            scores[p].append(round(value, 3))
+        for rank, p in enumerate(sorted((p for p in values if not fixed[p]), key=lambda p: -values[p]), start=1):
+            ranks[p].append(rank)   # the sort is stable: among equal scores the earlier token wins, as in prune.select
+    data = {"stages": [{"block": stage.block, "seen": stage.seen.shape[1], "kept": stage.kept.shape[1]} for stage in trace],
+            "tokens": [{"piece": p, "stage": s, "fixed": f, "scores": v, "ranks": r} for p, s, f, v, r in zip(pieces, stage_of, fixed, scores, ranks)]}
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # "<" escaped: no text of the prompt can close the script
-    Path(path).write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1), encoding="utf-8")
+    Path(path).write_text(page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1), encoding="utf-8")
+
+
+def browser():
+    """The command of a headless Chromium or Chrome, None where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0              # Chromium has no sandbox for root
+    return found and [found, "--headless=new", "--disable-gpu", "--hide-scrollbars", *["--no-sandbox"] * root]
+
+
+def screenshot(page, png, width, height, dark=False):
+    """A page, with #STAGE.TOKEN after it if a view is to be shown, as a PNG."""
+    path, _, view = page.partition("#")
+    need(Path(path).is_file(), f"{path}: no such file")
+    need(browser(), "a picture of a page needs Chromium or Chrome on the path")
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run([*browser(), f"--user-data-dir={profile}", f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},{height}",
+                        f"--screenshot={Path(png).resolve()}", Path(path).resolve().as_uri() + "#" * bool(view) + view], check=True, capture_output=True)
 
 
 def heat_text(s, labels, color):
@@ -137,6 +156,20 @@ def curve(log, path):
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
+def tradeoff(lines, full, path, title):
+    """Quality against tokens kept: lines {scorer's name: rows of study.py}, full the full model's row; errors paired with it."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6.4, 4))
+    colors = ("#0072b2", "#56b4e9", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7")       # Okabe and Ito: safe for the colour-blind
+    for (name, rows), color, marker in zip(lines.items(), itertools.cycle(colors), itertools.cycle("osx^v<>D")):
+        ax.errorbar([100 * r["mean_keep"] for r in rows], [r["value"] for r in rows], [r.get("vs_full_stderr", 0) for r in rows], color=color, marker=marker, ms=5, lw=1.4, capsize=2, label=name)
+    ax.axhline(full["value"], color="grey", ls="--", lw=1, label="full model")
+    ax.set(xlabel="tokens kept, mean over blocks (%)", ylabel="NLL per response token", title=title)
+    ax.invert_xaxis()               # from gentle to harsh
+    ax.legend(fontsize=8)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def cost_against_length(rows, path, title):
     """Cost against length: prefill of both arms, and the curve that full's time and the FLOPs would give SDTP."""
     plt = pyplot()
@@ -159,3 +192,18 @@ def cost_against_length(rows, path, title):
         ax.legend(fontsize=8)
     fig.suptitle(title, fontsize=9)
     fig.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", help="a page of infer.py --html, with #STAGE or #STAGE.TOKEN after it if it is to open there")
+    parser.add_argument("png", help="the picture to write")
+    parser.add_argument("--size", type=at_least(1), nargs=2, default=(1200, 800), metavar=("W", "H"), help="in pixels")
+    parser.add_argument("--dark", action="store_true", help="in the dark colours")
+    args = parser.parse_args()
+    screenshot(args.page, args.png, *args.size, args.dark)
+    print(f"wrote {args.png}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -3,6 +3,7 @@
 A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`; everything between is replaced.
 
     python report.py            # write the tables into README.md
+    python report.py --figures  # draw the training curve, and quality against tokens kept, from results/ (needs matplotlib)
     python report.py --check    # exit 1 if a table there is not what results/ says
 """
 import argparse
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from common import cli
 from model import SHAPES, need
-from pictures import curve
 from parallel import plan
+from pictures import curve, tradeoff
 from prune import Schedule, flops, kv_bytes
 
 ROOT = Path(__file__).resolve().parent
@@ -181,6 +182,21 @@ TABLES = {"plan": plan_table, "toy": toy, "speed": lambda: speed("smollm2_speed_
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}
 
 
+def figures():
+    """The pictures that are drawn from results/ alone."""
+    curve(result("smollm2_training")["log"], ROOT / "results" / "smollm2_training.png")
+    every = (ROOT / "results" / "smollm2_tradeoff.json").is_file()
+    found, lines = result("smollm2_tradeoff" if every else "smollm2_open"), {}
+    rows = [r for r in found["rows"] if r["group"] == "keep ratio"]
+    for r in rows:                  # table open names a row by its keep ratio, and the predictors not at all
+        name = r["scorer"] if every else re.sub(r"keep [\d.]+(, )?", "", r["scorer"]) or "predictor"
+        lines.setdefault(NAMES.get(name, name).strip("*"), []).append(r)
+    full = lines.pop(NAMES["full"])[0]
+    lines = dict(sorted(lines.items(), key=lambda line: sum(r["value"] for r in line[1])))       # best first
+    trained = "" if every else f", predictors of {found['training_rows']} training rows"
+    tradeoff(lines, full, ROOT / "results" / "smollm2_keep.png", f"SmolLM2-135M-Instruct, {full['n']} held-out rows{trained}")
+
+
 def render(text):
     """The README with every table made anew."""
     def table(match):
@@ -191,11 +207,11 @@ def render(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curve", action="store_true", help="draw results/smollm2_training.png from the log beside it (needs matplotlib)")
+    parser.add_argument("--figures", action="store_true", help="draw results/smollm2_training.png and results/smollm2_keep.png from the JSON beside them (needs matplotlib)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table has drifted")
     args = parser.parse_args()
-    if args.curve:
-        curve(result("smollm2_training")["log"], ROOT / "results" / "smollm2_training.png")
+    if args.figures:
+        figures()
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = render(old)

@@ -7,6 +7,7 @@ it tells variants apart that accuracy on as many rows could not.
     python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table losses --dtype bfloat16           # Tables 4 and 5
     python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table figures --png results/smollm2     # Figures 4 and 5
     python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table open --text wikitext.jsonl        # what the paper leaves open
+    python study.py --ckpt smollm2 --template chatml --data dolly.jsonl --table tradeoff       # every scorer at five keep ratios; trains nothing
     python study.py                                                                             # --table losses on the toy
 
 What is trained and measured is kept under --work: the same command goes on where it was stopped.
@@ -23,11 +24,11 @@ import torch
 import train as training
 from common import Example, add_data_arguments, at_least, cli, digest, provenance, rows_from
 from eval import ratio
-from infer import add_pruning_arguments
+from infer import add_pruning_arguments, load_pruning
 from model import DTYPES, Tokenizer, load, need
 from pictures import sweep
 from predictor import load_predictors, save_tensors, score
-from prune import Schedule, nll, oracle_scorer, predictor_scorer, random_scorer, schedule_from
+from prune import SCORERS, Schedule, make_scorer, nll, oracle_scorer, predictor_scorer, random_scorer, schedule_from
 from saliency import saliency, sparsity
 from tasks import text_items
 
@@ -88,9 +89,10 @@ def compare(model, rows, schedule, variants, args, group=""):
         value, error = ratio(sums, lengths)
         row = {"scorer": name, "group": group, "metric": "nll", "value": value, "stderr": error, "n": len(rows),
                "mean_keep": 1.0 if name == "full" else sum(sum(schedule.counts(e.prompt_len, L)) / e.prompt_len / L for e in rows) / len(rows)}
+        if name != "full":
+            row["vs_full"], row["vs_full_stderr"] = ratio([s - f for s, f in zip(sums, full)], lengths)
         if name not in ("full", "random"):
             row["share_of_gap"], row["share_stderr"] = ratio([r - s for r, s in zip(floor, sums)], [r - f for r, f in zip(floor, full)])
-            row["vs_full"], row["vs_full_stderr"] = ratio([s - f for s, f in zip(sums, full)], lengths)
             row["sums"] = sums
         found.append(row)
         print(f"{group + ': ' if group else ''}{name:50} NLL {value:.3f} +- {error:.3f}  kept {row['mean_keep']:.1%}"
@@ -133,12 +135,27 @@ def figures(model, rows, heldout, args):
     return found
 
 
+def keep_ratios(schedule):
+    return 0.95, 0.92, schedule.keep, 0.85, 0.8
+
+
+def tradeoff(model, heldout, schedule, predictors, prior, args):
+    """Quality against tokens kept: every scorer, the checkpoint's own predictors among them, under gentler and harsher schedules."""
+    names, found = [name for name in SCORERS if name != "random" and (name != "prior" or prior)], []
+    for keep in keep_ratios(schedule):
+        own = replace(schedule, keep=keep, shares=())
+        print(f"\nkeep {keep}: {1 - own.pruned:.0%} left after the last stage", flush=True)
+        found += [{**row, "keep": keep} for row in compare(model, heldout, own, {
+            name: (f"{name}, prior {prior}, {digest(predictors)}", lambda i, name=name: make_scorer(name, model, own, predictors, i, prior)) for name in names}, args, "keep ratio")]
+    return found
+
+
 def open_questions(model, tokenizer, rows, heldout, schedule, args):
     """Question first or last, Dolly or plain text, keep ratios, and the budget's allocation over stages."""
     L, found, held = len(model.blocks), [], {}
     first = key = trained(model, rows, schedule, BEST, args, held)
     by_first = lambda i: predictor_scorer(first)
-    for keep in (0.95, 0.92, schedule.keep, 0.85, 0.8):
+    for keep in keep_ratios(schedule):
         own = replace(schedule, keep=keep, shares=())
         found += compare(model, heldout, own, {f"keep {keep}": (key, by_first), f"keep {keep}, first tokens": ("earliest", lambda i: lambda s, x, pos: -pos.float())}, args, "keep ratio")
 
@@ -182,7 +199,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=40)
-    parser.add_argument("--table", choices=(*TABLES, "figures", "open"), default="losses", help="losses: Tables 4 and 5; targets: what the ranking learns from, no pruning pass needed; figures: 4 and 5; open: what the paper leaves open")
+    parser.add_argument("--table", choices=(*TABLES, "figures", "open", "tradeoff"), default="losses",
+                        help="losses: Tables 4 and 5; targets: what the ranking learns from, no pruning pass needed; figures: 4 and 5; open: what the paper leaves open; tradeoff: every scorer at five keep ratios, with the checkpoint's own predictors")
     parser.add_argument("--rows", type=at_least(1), default=200, help="training rows (--limit counts the held-out ones)")
     parser.add_argument("--epochs", type=at_least(1), default=2, help="passes over them")
     parser.add_argument("--text", help="--table open: JSONL of {text}, to train on and to read")
@@ -191,11 +209,19 @@ def main():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
     args = parser.parse_args()
-    need(not args.predictors, "study.py trains its own predictors: leave out --predictors")
-    tokenizer, model, start = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), args.device), time.time()
-    schedule, args.backbone = schedule_from(args, len(model.blocks)), digest(model.blocks[0], model.norm)
+    need(args.table == "tradeoff" or not args.predictors, "study.py trains its own predictors: leave out --predictors")
+    tokenizer, start = Tokenizer(args.ckpt), time.time()
+    if args.table == "tradeoff":
+        model, schedule, predictors, metadata = load_pruning(args)
+        need(predictors is not None, f"{args.ckpt} has no trained predictors: name them with --predictors")
+    else:
+        model = load(args.ckpt, DTYPES.get(args.dtype), args.device)
+        schedule = schedule_from(args, len(model.blocks))
+    args.backbone = digest(model.blocks[0], model.norm)
     rows, heldout = (rows_from(args, tokenizer, split, limit=limit) for split, limit in (("train", args.rows), ("heldout", args.limit)))
-    if args.table == "figures":
+    if args.table == "tradeoff":
+        rows, found = [], tradeoff(model, heldout, schedule, predictors, metadata.get("prior", 0.0), args)
+    elif args.table == "figures":
         found = figures(model, rows, heldout, args)
     elif args.table == "open":
         found = open_questions(model, tokenizer, rows, heldout, schedule, args)
@@ -203,7 +229,7 @@ def main():
         found = table_of_variants(model, rows, heldout, schedule, TABLES[args.table], args)
     if args.json:
         print(json.dumps({**provenance(model), "ckpt": args.ckpt, "table": args.table, "seconds": time.time() - start, "schedule": schedule.__dict__,
-                          "training_rows": len(rows), "epochs": args.epochs, "rows": found}))
+                          "training_rows": len(rows), "epochs": args.epochs if rows else 0, "rows": found}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Generation, the pictures, the benchmark's JSON and the command lines, on the tiny model and the committed toy."""
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -66,17 +65,6 @@ def test_every_token_has_its_stage(tiny, tokens):
     counts = SCHEDULE.counts(60, 6)
     assert [stage_of.count(s) for s in range(5)] == [counts[5]] + [counts[s - 1] - counts[s] for s in range(1, 5)]
     assert pictures.survivors_text(["a", "b", "c"], [0, 1, 2], 2, color=False).startswith("a\u00b7\u00b7\n\nkept to the end: 1 of 3")
-
-
-def test_survivors_page_is_self_contained_and_escapes_the_prompt(tiny, tokens, tmp_path):
-    _, _, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
-    page = tmp_path / "page.html"
-    pictures.survivors_page(page, ["</script><b>"] + ["x"] * 59, pictures.dropped_at(trace, 60), trace)
-    text = page.read_text()
-    assert text.count("</script>") == 1 and "http" not in text
-    data = json.loads(re.search(r"const data=(.*?),slider=", text).group(1))
-    assert data["blocks"] == [1, 2, 3, 4] and data["tokens"][0]["piece"] == "</script><b>" and len(data["tokens"]) == 60
-    assert [len(t["scores"]) for t in data["tokens"] if t["stage"] == 2] == [2] * pictures.dropped_at(trace, 60).count(2)
 
 
 def test_bench_times_both_arms(tiny):
