@@ -81,6 +81,11 @@ def screenshot(page, png, width, height, dark=False):
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run([*browser(), f"--user-data-dir={profile}", f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},{height}",
                         f"--screenshot={Path(png).resolve()}", Path(path).resolve().as_uri() + "#" * bool(view) + view], check=True, capture_output=True)
+    try:
+        from PIL import Image       # comes with matplotlib: 256 colours, a third of the bytes
+    except ImportError:
+        return
+    Image.open(png).quantize(256, Image.Quantize.MAXCOVERAGE).save(png, optimize=True)
 
 
 def heat_text(s, labels, color):
@@ -160,13 +165,14 @@ def tradeoff(lines, full, path, title):
     """Quality against tokens kept: lines {scorer's name: rows of study.py}, full the full model's row; errors paired with it."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(6.4, 4))
-    colors = ("#0072b2", "#56b4e9", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7")       # Okabe and Ito: safe for the colour-blind
+    colors = ("#d55e00", "#0072b2", "#000000", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")      # Okabe and Ito's, safe for the colour-blind
     for (name, rows), color, marker in zip(lines.items(), itertools.cycle(colors), itertools.cycle("osx^v<>D")):
         ax.errorbar([100 * r["mean_keep"] for r in rows], [r["value"] for r in rows], [r.get("vs_full_stderr", 0) for r in rows], color=color, marker=marker, ms=5, lw=1.4, capsize=2, label=name)
     ax.axhline(full["value"], color="grey", ls="--", lw=1, label="full model")
-    ax.set(xlabel="tokens kept, mean over blocks (%)", ylabel="NLL per response token", title=title)
+    ax.set(xlabel="tokens kept, mean over blocks (%)", ylabel="NLL per response token")
+    ax.set_title(title, fontsize=10)
     ax.invert_xaxis()               # from gentle to harsh
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 

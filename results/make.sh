@@ -18,6 +18,12 @@ make() {    # make NAME COMMAND...: the JSON object on the command's last line b
     tail -n 1 "out/$name.log" | python -m json.tool --indent 1 > "out/$name.json"
     mv "out/$name.json" "$results/$name.json"
 }
+picture() { # picture NAME VIEW HEIGHT COMMAND...: the page that the command writes, drawn at #VIEW (stage.token) to $results/NAME.png; needs Chromium
+    local name=$1 view=$2 height=$3
+    shift 3
+    if [[ -e $results/$name.png || ($only != "  " && $only != *" $name "*) ]]; then return; fi
+    "$@" --html "out/$name.html" && python pictures.py "out/$name.html#$view" "$results/$name.png" --size 1150 "$height"
+}
 mkdir -p out "$results"
 real="--ckpt smollm2 --dtype bfloat16"
 dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
@@ -48,8 +54,18 @@ study="python study.py $real $dolly"
 make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
 make smollm2_targets $study --table targets --rows 300 --limit 40
 make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
+make smollm2_tradeoff $study --table tradeoff --limit 120
 make smollm2_figures $study --table figures --rows 100 --limit 16 --png "$results/smollm2"
 speed="python infer.py --ckpt smollm2 --bench"
 make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
 make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 --png "$results/smollm2_cost_cpu.png"
-if [[ $results == results ]]; then python report.py; fi
+text="How was the Antikythera mechanism found, and what did it do?
+
+In 1900 a crew of sponge divers from the island of Symi waited out a storm near Antikythera, a small island between Crete and the Greek mainland. When the sea was calm \
+again, one of them dived for sponges and came back with the arm of a bronze statue: on the sea floor lay the wreck of a Roman merchant ship. The navy helped to raise what \
+could be raised, jars, glass, coins, statues, and a corroded lump of bronze and wood that nobody looked at twice. Two years later, in the museum in Athens, an archaeologist \
+noticed a gear wheel in it. Decades passed before X-rays showed some thirty gears inside. Turned by hand, they moved pointers that gave the positions of the sun and the moon, \
+foretold eclipses, and counted the years between the games at Olympia. Nothing of comparable complexity is known from the next thousand years."
+picture toy_survivors 10.195 835 python infer.py
+picture smollm2_survivors 9.142 580 python infer.py --ckpt smollm2 --template chatml --prompt "$text"
+if [[ $results == results ]]; then python report.py --figures; fi

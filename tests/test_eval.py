@@ -1,4 +1,5 @@
 """The evaluation tasks: how rows become prompts and answers, how answers are scored, and what the tables add up."""
+import argparse
 import json
 import math
 
@@ -6,10 +7,12 @@ import pytest
 import torch
 
 import eval as evaluation
+import study
 import tasks
+from common import Example
 from conftest import ROOT
 from model import Tokenizer
-from prune import H2O, Schedule, flops, nll, prefill, random_scorer
+from prune import H2O, SCORERS, Schedule, flops, nll, norm_scorer, prefill, random_scorer
 from tasks import Answer, Item
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
@@ -184,6 +187,18 @@ def test_study_trains_measures_and_goes_on(tmp_path):
     code, out, err = command(*words)
     assert code == 0 and json.loads(out.splitlines()[-1])["rows"] == rows, err
     assert sorted(p.stat().st_mtime_ns for p in tmp_path.glob("nll-*")) == kept and len(kept) == 7
+
+
+def test_every_scorer_is_read_at_every_keep_ratio(tiny, tokens, tmp_path):
+    args = argparse.Namespace(work=tmp_path, backbone="tiny")
+    predictors = torch.nn.ModuleList(torch.nn.Linear(48, 2) for _ in range(4)).requires_grad_(False)
+    rows = [Example(t, 50) for t in tokens]
+    found = study.tradeoff(tiny, rows, SCHEDULE, predictors, 0.3, args)
+    assert [r["keep"] for r in found[::9]] == [0.95, 0.92, 0.8, 0.85, 0.8] and {r["scorer"] for r in found} == {"full", *SCORERS}
+    one = next(r for r in found if (r["scorer"], r["keep"]) == ("norm", 0.85))
+    schedule = Schedule(1, 1, 4, 0.85)
+    assert one["value"] == pytest.approx(sum(nll(tiny, e.tokens[None], 50, schedule, norm_scorer()).sum().item() for e in rows) / 20)
+    assert one["mean_keep"] == pytest.approx(sum(schedule.counts(50, 6)) / 300)
 
 
 def test_eval_command_goes_on_with_a_larger_limit(tmp_path):
