@@ -12,6 +12,8 @@ import copy
 import importlib.util
 import inspect
 import math
+import random
+import re
 import textwrap
 from itertools import product
 from types import SimpleNamespace
@@ -24,9 +26,9 @@ import model as m
 import predictor
 import prune
 import saliency
-from common import examples
+from common import Example, examples
 from conftest import ROOT
-from model import Config
+from model import Config, find
 
 # Exercise -> {mistake: hint}. The names are the values of the specifications' `wrong`.
 HINTS = {
@@ -486,7 +488,7 @@ def check(name, f, seed=0):
         try:
             found.append(run(name, f, given))
         except NotImplementedError:
-            return "not written yet"
+            return "not written yet" + (", or `rotate` is not, which it calls" if name == "decode" else "")
         except Exception as e:
             text = " ".join(str(e).split())[:160]
             more = ": gradients are off here, torch.enable_grad() switches them on" if name == "saliency" and "does not require grad" in text else ""
@@ -576,15 +578,15 @@ REFERENCE = SimpleNamespace(
 def answers(pytestconfig):
     """The functions under test: the repository's, tests/exercises.py or the file named by --impl; else what is wrong with that file."""
     name = pytestconfig.getoption("--impl")
-    if name == "reference":
-        return REFERENCE
-    path = ROOT / "tests" / "exercises.py" if name == "student" else name
+    path = ROOT / "tests" / "exercises.py" if name in ("reference", "student") else name
     try:
         spec = importlib.util.spec_from_file_location("answers", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as e:
         return f"{path} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}"
+    if name == "reference":         # but for the puzzles, whose only given answers are the trivial ones in that file
+        vars(module).update(vars(REFERENCE))
     return module
 
 
@@ -592,6 +594,73 @@ def answers(pytestconfig):
 def test_exercise(name, answers, pytestconfig, record_property):
     f = getattr(answers, name, None)
     hint = answers if isinstance(answers, str) else check(name, f, pytestconfig.getoption("--seed")) if f else "this function is missing"
-    record_property("exercise", f"{name}: " + (hint or f"ok, {lines(f)} lines"))
+    budget = re.search(r"At most (\d+) lines", getattr(f, "__doc__", None) or "")
+    record_property("exercise", f"{name}: " + (hint or f"ok, {lines(f)} lines" + (f" of {budget[1]}" if budget else "")))
     if hint:
         pytest.fail(f"{name}: {hint}", pytrace=False)
+
+
+# ------------------------------------------------------------------------------------------------- the open puzzles: only a score
+
+
+@pytest.fixture(scope="module")
+def toy(pytestconfig):
+    """The frozen toy with its predictors and schedule, training rows, and cost(schedule, scorer): NLL per answer token of the rows measured on."""
+    path, net, tokenizer = find("toy"), m.load("toy", device="cpu"), m.Tokenizer("toy")
+    predictors, metadata = predictor.load_predictors(path / "predictors.safetensors", net)
+    seed = pytestconfig.getoption("--seed")
+    if seed:                        # fresh stories of the same kind
+        from toy import fresh_prompt
+        rng = random.Random(seed)
+        rows = [Example(tokens[0], n) for tokens, n, _ in (fresh_prompt(rng, tokenizer, 400) for _ in range(20))]
+    else:
+        rows = examples(tokenizer, path / "train.jsonl", "heldout")
+
+    def cost(schedule=None, scorer=None):
+        values = torch.cat([prune.nll(net, e.tokens[None], e.prompt_len, schedule, scorer)[0] for e in rows])
+        return values.mean().item()
+    return SimpleNamespace(model=net, predictors=predictors, schedule=prune.Schedule(**metadata["schedule"]), rows=rows, cost=cost,
+                           training=examples(tokenizer, path / "train.jsonl", "train"))
+
+
+def score_puzzle_schedule(f, toy):
+    schedule, L = f(), len(toy.model.blocks)
+    used = sum(sum(schedule.counts(e.prompt_len, L)) / L / e.prompt_len for e in toy.rows) / len(toy.rows)
+    m.need(used <= 0.5, f"{used:.1%} of the tokens enter a block on average, at most 50% may")
+    m.need(schedule.sink == 4 and schedule.local == 0.1, "sink has to be 4 and local 0.1")
+    after, first = schedule.after(L), toy.schedule.first
+
+    def scorer(stage, x, pos):      # the modules of blocks 2 ... 11
+        return predictor.score(toy.predictors[max(0, after[stage] - first)](x))
+    return f"NLL {toy.cost(schedule, scorer):.4f} at {used:.1%} of the tokens (unpruned {toy.cost():.4f})"
+
+
+def score_puzzle_predictors(f, toy):
+    modules, trained = f(copy.deepcopy(toy.predictors), toy.model, toy.training), toy.cost(toy.schedule, prune.predictor_scorer(toy.predictors))
+    m.need(len(modules) == len(toy.predictors), f"{len(modules)} modules, expected {len(toy.predictors)}")
+    numbers = sum({id(p): p.numel() for module in modules for p in [*module.parameters(), *module.buffers()]}.values())
+    x = normal(torch.Generator().manual_seed(0), 1, 9, toy.model.config.dim)
+    m.need(all(torch.allclose(module(x)[:, ::2], module(x[:, ::2]), atol=1e-4) for module in modules), "a token's logits depend on other tokens")
+    cost = toy.cost(toy.schedule, prune.predictor_scorer(modules))
+    m.need(cost <= trained + 0.1, f"{numbers} numbers, but NLL {cost:.4f}; at most {trained + 0.1:.4f} is allowed, 0.1 above the trained ones")
+    return f"{numbers} numbers, NLL {cost:.4f} (trained {trained:.4f}, at most 0.1 more)"
+
+
+def score_puzzle_scorer(f, toy):
+    cost = {name: toy.cost(toy.schedule, prune.make_scorer(name, toy.model, toy.schedule, toy.predictors)) for name in ("random", "norm", "predictor")}
+    return (f"NLL {toy.cost(toy.schedule, f(toy.model)):.4f} (random {cost['random']:.4f}, norm {cost['norm']:.4f}, "
+            f"trained predictors {cost['predictor']:.4f}, unpruned {toy.cost():.4f})")
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+def test_puzzle(name, answers, request, pytestconfig, record_property):
+    if not pytestconfig.getoption("--puzzles"):
+        pytest.skip("--puzzles prints the scores")
+    problem = answers if isinstance(answers, str) else None if hasattr(answers, name) else "this function is missing"
+    try:
+        text = problem or globals()[f"score_{name}"](getattr(answers, name), request.getfixturevalue("toy"))
+    except Exception as e:
+        text = problem = f"{'' if isinstance(e, ValueError) else type(e).__name__ + ': '}{' '.join(str(e).split())}"
+    record_property("puzzle", f"{name}: {text}")
+    if problem:
+        pytest.fail(f"{name}: {text}", pytrace=False)
