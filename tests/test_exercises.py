@@ -63,6 +63,7 @@ HINTS = {
         "no_sink": "the first `sink` positions are not protected",
         "no_local": "the last positions of the prompt are not protected",
         "floor": "the local share is rounded down; it is ceil(local * prompt_len - 1e-9), and at least 1",
+        "floor_one": "the local share is rounded down; it is ceil(local * prompt_len - 1e-9)",
         "fuzz": "ceil without the - 1e-9: a product like 0.07 * 100 = 7.000000000000001 counts one too many",
         "local_of_left": "the local share is taken of the n tokens left; it is a share of the prompt",
         "no_response": "tokens after the prompt are not protected",
@@ -88,6 +89,9 @@ HINTS = {
         "power": "off by one in the power: the first stage keeps keep ** 1",
         "no_minimum": "the counts fall below the protected tokens",
         "uncapped": "more tokens than the prompt has: the protected are never more than n",
+        "floor": "the local share is rounded down; it is ceil(local * n - 1e-9), and at least 1",
+        "floor_one": "the local share is rounded down; it is ceil(local * n - 1e-9)",
+        "fuzz": "ceil without the - 1e-9: a product like 0.07 * 100 = 7.000000000000001 counts one too many",
         "no_local_one": "at least one local token is protected, even where local is 0",
         "wrapped": "a stage that stands after the last block falls away; here it shortens the last block",
     },
@@ -192,7 +196,9 @@ def spec_ranking_loss(score, saliency, mask, wrong=None):
 
 def local_count(n, local, wrong=None):
     """The last tokens that are always kept."""
-    return math.floor(local * n) if wrong == "floor" else max(wrong != "no_local_one", math.ceil(local * n - (0 if wrong == "fuzz" else 1e-9)))
+    if wrong in ("floor", "floor_one"):
+        return max(wrong == "floor_one", math.floor(local * n))
+    return max(wrong != "no_local_one", math.ceil(local * n - (0 if wrong == "fuzz" else 1e-9)))
 
 
 def spec_select(score, pos, k, prompt_len, sink, local, wrong=None):
@@ -407,7 +413,8 @@ def cases_tokens_per_block(g):
     yield "stages past the last block", (whole(g, 80, 120), 6, 2, 2, 9, 0.7, 2, 0.05)
     yield "one stage", (58, 3, 1, 1, 1, 0.7, 1, 0.05)
     yield "a stage after the last block", (100, 4, 4, 1, 1, 0.5, 2, 0.05)
-    yield "the share falls below the protected", (50, 7, 1, 1, 5, 0.3, 4, 0.1)
+    yield "the share falls below the protected", (57, 7, 1, 1, 5, 0.3, 4, 0.1)
+    yield "0.07 * 100 is 7.000000000000001", (100, 5, 1, 1, 3, 0.1, 2, 0.07)
     yield "a prompt shorter than what is protected", (whole(g, 2, 4), 5, 1, 1, 3, 0.5, 4, 0.1)
     yield "halves", (50, 4, 1, 1, 1, 0.25, 0, 0.1)
     yield "local 0, strong pruning", (20, 5, 1, 1, 3, 0.1, 0, 0.0)

@@ -6,6 +6,7 @@ each of them passes. (A teacher hands out exercises.py, and not this file.)
 import ast
 import doctest
 import math
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 import exercises
 from conftest import ROOT
 from model import SHAPES
-from test_exercises import EXERCISES, HINTS, REFERENCE, TABLE_2, check, difference, lines, plain, spec_flops
+from test_exercises import EXERCISES, HINTS, PUZZLES, REFERENCE, TABLE_2, check, difference, lines, plain, spec_flops
 
 # ------------------------------------------------------------------------------------------- answers with a switch for a mistake
 
@@ -60,7 +61,7 @@ def ranking_loss(score, saliency, mask, wrong=None):
 
 def select(score, pos, k, prompt_len, sink, local, wrong=None):
     share = local * (pos.shape[1] if wrong == "local_of_left" else prompt_len)
-    last = int(share) if wrong == "floor" else max(1, math.ceil(share - (0 if wrong == "fuzz" else 1e-9)))
+    last = {"floor": int(share), "floor_one": max(1, int(share)), "fuzz": max(1, math.ceil(share))}.get(wrong, max(1, math.ceil(share - 1e-9)))
     tail, response = (pos >= prompt_len - last) & (pos < prompt_len), pos >= prompt_len
     always = (pos < sink) * (wrong != "no_sink") + tail * (wrong != "no_local") + response * (wrong != "no_response")
     if wrong == "late_ties":
@@ -87,7 +88,9 @@ def masked_attention(q, k, v, keep, wrong=None):
 
 
 def tokens_per_block(n, blocks, first, step, stages, keep, sink, local, wrong=None):
-    least = sink + max(0 if wrong == "no_local_one" else 1, math.ceil(local * n - 1e-9))
+    last = {"floor": int(local * n), "floor_one": max(1, int(local * n)), "fuzz": max(1, math.ceil(local * n)),
+            "no_local_one": math.ceil(local * n - 1e-9)}.get(wrong, max(1, math.ceil(local * n - 1e-9)))
+    least = sink + last
     least = 0 if wrong == "no_minimum" else least if wrong == "uncapped" else min(n, least)
     counts = [n] * blocks
     left = n
@@ -203,6 +206,16 @@ def test_the_worked_examples_are_true(name):
 @pytest.mark.parametrize("n, tflops", TABLE_2.items())
 def test_the_specification_gives_table_2(n, tflops):
     assert abs(spec_flops(SHAPES["mistral-7b"], [n] * 32, "paper") / 1e12 / tflops - 1) < 1e-3
+
+
+def test_the_teachers_page_says_what_is_true():
+    text = (ROOT / "tests" / "TEACHING.md").read_text()
+    for name in EXERCISES:
+        budget = re.search(r"At most (\d+) lines", getattr(exercises, name).__doc__)[1]
+        assert re.search(rf"`{name}` \|.*\| {budget} \| \d+ \|\n", text), name
+    assert f"({sum(map(len, HINTS.values()))} are known)" in text
+    ours = {node.name for node in ast.parse(text.split("```python\n")[1].split("```")[0]).body if isinstance(node, ast.FunctionDef)}
+    assert ours == set(PUZZLES)
 
 
 def test_lines_are_statements_without_comments():
