@@ -25,9 +25,8 @@ def pytest_terminal_summary(terminalreporter, config):
     exercises = [passed for key, _, passed in done if key == "exercise"]
     if exercises and config.getoption("--impl") != "reference":
         terminalreporter.section("exercises")
-        for key, value, _ in done:
-            if key == "exercise":
-                terminalreporter.line(value)
+        for line in sorted(value for key, value, _ in done if key == "exercise"):
+            terminalreporter.line(line)
         terminalreporter.line(f"{sum(exercises)}/{len(exercises)}")
     for key, value, _ in done:
         if key == "puzzle":

@@ -223,7 +223,7 @@ def attend(q, k, v, keep, found_keep, wrong=None):
         for i in range(n):
             keys = range(n) if wrong == "not_causal" else range(i + 1)
             a = {j: sum(x * y for x, y in zip(q[h][i], k[h][j])) / (1 if wrong == "no_scale" else math.sqrt(d)) for j in keys}
-            mask, found = ({j: m[i if wrong == "queries" else j] if j != i or wrong == "no_diagonal" else 1.0 for j in keys} for m in (keep, found_keep))
+            mask, found = ({j: row[i if wrong == "queries" else j] if j != i or wrong == "no_diagonal" else 1.0 for j in keys} for row in (keep, found_keep))
             top = max((a[j] for j in keys if found[j] or wrong == "top_hidden"), default=0.0)
             e = {j: math.exp(min(a[j] - top, 0)) for j in keys}
             if wrong == "no_renorm":
@@ -358,8 +358,8 @@ def cases_rotate(g):
 
 
 def cases_saliency(g):
-    for label, n, reduce in (("tokens that interact", 5, "norm_gx"), ("tokens that interact", 5, "abs_dot"), ("a state of zero and one that f ignores", 4, "norm_gx"),
-                             ("an x.grad of earlier work", 4, "norm_gx"), ("an x.grad of earlier work", 4, "abs_dot")):
+    for label, n, reduce in (("tokens that interact", 5, "norm_gx"), ("tokens that interact", 5, "abs_dot"),
+                             ("a state of zero and one that f ignores", 4, "norm_gx"), ("an x.grad of earlier work", 4, "norm_gx"), ("an x.grad of earlier work", 4, "abs_dot")):
         x, W, mix, c = normal(g, n, 3), normal(g, 3, 3), normal(g, n, n), normal(g, n, 3)
         if "zero" in label:
             x[1], mix[:, 2], c[2] = 0, 0, 0
@@ -432,7 +432,8 @@ def cases_flops(g):
 
 
 def cases_decode(g):
-    for label, D, N, T, held in (("one block, one token", 4, 9, 1, (5,)), ("ragged caches, several tokens", 6, 14, 3, (9, 6, 2)), ("caches of one token", 2, 5, 2, (1, 1))):
+    for label, D, N, T, held in (("one block, one token", 4, 9, 1, (5,)), ("ragged caches, several tokens", 6, 14, 3, (9, 6, 2)),
+                                 ("caches of one token", 2, 5, 2, (1, 1))):
         blocks = [tuple(normal(g, D, D) * 0.5 for _ in range(4)) for _ in held]
         caches = [(normal(g, n, D), normal(g, n, D), torch.tensor(places(g, n, N - 1, ()))) for n in held]
         yield label, (normal(g, T, D), N, blocks, caches, 100.0)
@@ -602,7 +603,7 @@ def test_exercise(name, answers, pytestconfig, record_property):
     f = getattr(answers, name, None)
     hint = answers if isinstance(answers, str) else check(name, f, pytestconfig.getoption("--seed")) if f else "this function is missing"
     budget = re.search(r"At most (\d+) lines", getattr(f, "__doc__", None) or "")
-    record_property("exercise", f"{name}: " + (hint or f"ok, {lines(f)} lines" + (f" of {budget[1]}" if budget else "")))
+    record_property("exercise", f"{EXERCISES.index(name) + 1} {name}: " + (hint or f"ok, {lines(f)} lines" + (f" of {budget[1]}" if budget else "")))
     if hint:
         pytest.fail(f"{name}: {hint}", pytrace=False)
 

@@ -187,7 +187,7 @@ def test_what_is_no_known_mistake_is_named_by_its_first_difference():
     assert "torch.enable_grad()" in check("saliency", lambda f, x, reduce: torch.autograd.grad(f(x.clone().requires_grad_()), x))
     assert "gradient in score" in check("ranking_loss", lambda s, t, mask: ranking_loss(s.detach(), t, mask))
     assert check("rotate", lambda q, pos, theta: q.copy_(rotate(q, pos, theta))).endswith("the result is right, but an input was changed in place")
-    assert check("decode", lambda *a: decode(*a)[0]) is not None and check("decode", lambda *a: (decode(*a)[0], None)).startswith("case 'one block, one token': caches ")
+    assert check("decode", lambda *a: (decode(*a)[0], None)).startswith("case 'one block, one token': caches ")
 
 
 @pytest.mark.parametrize("name", EXERCISES)
