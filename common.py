@@ -4,11 +4,13 @@ Data files hold one JSON object a line with instruction, context and response (d
 tenth of such a file is never trained on: the first half of it is held out for eval.py, the other half for choosing.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ TEMPLATES = {  # the user's text goes into {}; the answer follows
     "llama-2": "[INST] {} [/INST]",
     "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
 }
+MAX_TEXT = 10**6    # characters in a part of a prompt: more than any context holds, and tokenizing them could take gigabytes
 
 
 class Example(NamedTuple):
@@ -37,22 +40,20 @@ def read_rows(path, split="all", fields=("instruction", "context", "response")):
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
     rows = []
-    with path.open(encoding="utf-8") as f:
-        try:
-            for number, line in enumerate(f, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                    json.dumps(rows[-1], ensure_ascii=False).encode()  # a lone surrogate is no text
-                except (ValueError, RecursionError) as e:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-                need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
-                for field in fields:
-                    value = rows[-1].get(field, "" if field == "context" else None)
-                    need(isinstance(value, str) or field == "context" and value is None, f"{path}, line {number}: {field!r} is missing or not text")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path}, after line {len(rows)}: not UTF-8 ({e})") from None
+    with path.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line.decode()))
+                json.dumps(rows[-1], ensure_ascii=False).encode()    # a lone surrogate is no text
+            except (ValueError, RecursionError) as e:                # also what is not UTF-8
+                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+            need(isinstance(rows[-1], dict), f"{path}, line {number}: expected a JSON object")
+            for field in fields:
+                value = rows[-1].get(field, "" if field == "context" else None)
+                need(isinstance(value, str) or field == "context" and value is None, f"{path}, line {number}: {field!r} is missing or not text")
+                need(field == "text" or len(value or "") <= MAX_TEXT, f"{path}, line {number}: {field!r} has more than {MAX_TEXT:,} characters")
     cut = len(rows) - max(1, len(rows) // 10)
     if split in ("heldout", "validation"):
         start, end = (cut, len(rows) - len(rows) // 20) if split == "heldout" else (len(rows) - len(rows) // 20, len(rows))
@@ -154,11 +155,30 @@ def provenance(model):
     return {"command": "python " + " ".join(sys.argv), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
+def output(path, name):
+    """Where to write: a file of the suffix of `name`, or `name` in a directory, which is made. That it can be written is known before the work."""
+    path = Path(path)
+    path = path if path.suffix == Path(name).suffix else path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+    return path
+
+
+@contextlib.contextmanager
+def blame(path, fault):
+    """Whatever goes wrong inside, in torch or with what a file's metadata holds, is that file's fault."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as e:             # a RecursionError is a RuntimeError
+        raise ValueError(f"{path}: {fault} ({e})") from None
+
+
 def cli(main):
     """Run a command's main: bad input ends in one line on stderr and exit code 1, not in a traceback."""
     try:
         main()
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
+        text = " ".join(str(e).split())
+        sys.exit(f"{Path(sys.argv[0]).name}: {text if len(text) <= 1000 else text[:1000] + ' ...'}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")

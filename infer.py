@@ -68,7 +68,8 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
     def choose(logits):             # (1, V) -> (1, 1)
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+        need(logits.isfinite().all(), "the model's output is not finite: its weights are damaged, or --dtype is too narrow for them")
+        return torch.multinomial(torch.softmax((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6), -1), 1, generator=generator)
 
     token = choose(logits)
     new.append(token.item())
@@ -242,7 +243,6 @@ def side_by_side(args, model, schedule, scorer, metadata):
         row, expected = rows[args.row], rows[args.row]["response"]
     need(row["instruction"].strip(), "the prompt is empty")
     ids = tokenizer.encode(prompt_text(row, args.template or metadata.get("template", "plain")))
-    need(max(ids) < model.config.vocab, f"the tokenizer gives id {max(ids)}, the model knows {model.config.vocab} tokens")
     tokens, n, L = torch.tensor([ids], device=model.device), len(ids), len(model.blocks)
     arms = {"full": (None, None), "sdtp": (schedule, scorer)}
     runs, times = {}, {arm: [] for arm in arms}

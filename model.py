@@ -88,11 +88,11 @@ class Config:
         eos = raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         bos = raw.get("bos_token_id")
-        need(all(type(t) is int for t in eos + (() if bos is None else (bos,))), f"{path}: bos_token_id and eos_token_id must be whole numbers")
+        need(all(type(t) is int and abs(t) < PAD for t in eos + (() if bos is None else (bos,))), f"{path}: bos_token_id and eos_token_id must be whole numbers")
         dim, heads = integer("hidden_size"), integer("num_attention_heads")
         kv_heads = integer("num_key_value_heads", heads)
         need(heads % kv_heads == 0, f"{path}: {heads} attention heads do not divide among {kv_heads} key/value heads")
-        head_dim = integer("head_dim", dim // heads)
+        head_dim = integer("head_dim", dim // heads, 2**24 // heads)
         need(head_dim % 2 == 0, f"{path}: head_dim {head_dim} is odd, rotary positions turn pairs")
         theta = real("rope_theta", rope if "rope_theta" in rope else raw, 10000.0)
         return Config(dim=dim, n_blocks=integer("num_hidden_layers", top=1000), n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim,
@@ -413,12 +413,12 @@ def load(path, dtype=None, device=None, split=None):
                     need(found == tuple(p.shape), f"{shard}: {key} has shape {found}, config.json asks for {tuple(p.shape)}")
                     need(name not in state, f"{shard}: tensor {key!r} stands in two shards")
                     tensor = read(p, f.get_slice(key)) if split else f.get_tensor(key)
-                    need(tensor.is_floating_point(), f"{shard}: {key} holds {tensor.dtype}, expected floating point weights")
+                    need(tensor.dtype in (*DTYPES.values(), torch.float64), f"{shard}: {key} holds {tensor.dtype}, expected floating point weights")
                     state[name] = tensor.to(dtype)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{shard}: damaged or truncated safetensors file ({e})") from None
     missing = [key for key, (name, _) in wanted.items() if name not in state]
-    need(not missing, f"{root}: {len(missing)} tensors are missing, the first is {missing[0] if missing else ''}")
+    need(not missing, f"{shards[0] if len(shards) == 1 else index}: {len(missing)} tensors are missing, the first is {missing[0] if missing else ''}")
     if config.tied:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
@@ -432,16 +432,16 @@ class Tokenizer:
 
     def __init__(self, path):
         root = find(path)
-        self.sp = self.hf = None
+        self.path, self.vocab, self.sp, self.hf = root, Config.from_json(root / "config.json").vocab, None, None
         if (root / "tokenizer.model").is_file():
             import sentencepiece
             try:
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
-            except (RuntimeError, OSError) as e:
+                self.sp.id_to_piece(list(range(self.sp.vocab_size())))           # a piece that is no UTF-8 is known here, not once it is met
+            except (RuntimeError, OSError, ValueError) as e:
                 raise ValueError(f"{root / 'tokenizer.model'}: not a sentencepiece model ({e})") from None
-            settings = root / "tokenizer_config.json"
-            settings = read_json(settings) if settings.is_file() else {}
-            need(isinstance(settings, dict), f"{root / 'tokenizer_config.json'}: expected a JSON object")
+            settings = read_json(file) if (file := root / "tokenizer_config.json").is_file() else {}
+            need(isinstance(settings, dict), f"{file}: expected a JSON object")
             self.add_bos = settings.get("add_bos_token", True) is not False
         elif (root / "tokenizer.json").is_file():
             try:
@@ -457,16 +457,17 @@ class Tokenizer:
 
     def encode(self, text, bos=True):
         """Token ids of text. `bos` puts the begin-of-text token first where the tokenizer has one; pass False to continue a text."""
-        if self.hf:
-            return self.hf.encode(text, add_special_tokens=bos).ids
-        ids = self.sp.encode(text)
-        return [self.sp.bos_id()] + ids if bos and self.add_bos and self.sp.bos_id() >= 0 else ids
+        ids = self.hf.encode(text, add_special_tokens=bos).ids if self.hf else self.sp.encode(text)
+        if self.sp and bos and self.add_bos and self.sp.bos_id() >= 0:
+            ids.insert(0, self.sp.bos_id())
+        need(max(ids, default=0) < self.vocab, f"{self.path}: the tokenizer gives id {max(ids, default=0)}, by config.json the model knows {self.vocab} tokens")
+        return ids
 
     def decode(self, ids):
-        return self.hf.decode(ids, skip_special_tokens=True) if self.hf else self.sp.decode(ids)
+        return self.hf.decode(ids, skip_special_tokens=True) if self.hf else self.sp.decode([i for i in ids if i < self.sp.vocab_size()])
 
     def piece(self, token):
         """One token as readable text, for pictures."""
         if self.hf:
             return self.hf.decode([token], skip_special_tokens=False)
-        return self.sp.id_to_piece(token).replace("\u2581", " ")
+        return self.sp.id_to_piece(token).replace("\u2581", " ") if token < self.sp.vocab_size() else ""  # a padded vocabulary has more

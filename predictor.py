@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import need
+from common import blame
+from model import DTYPES, need
 
 
 def hidden_size(dim):
@@ -134,6 +135,8 @@ def save_tensors(path, tensors, metadata):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:            # a full disk, a directory that cannot be written: the reason alone would not name the file
+        raise OSError(f"{path}: not written ({e})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -160,25 +163,19 @@ def load_predictors(path, model, schedule=None):
 
     If a schedule is given, its stages must stand after the same blocks; another keep ratio is fine, a ranking serves any.
     """
+    from prune import Schedule      # here, because prune imports this module
     tensors, metadata = load_tensors(path)
     need("schedule" in metadata and "fingerprint" in metadata, f"{path}: not a predictors file (no schedule in its metadata)")
     need(metadata["fingerprint"] == fingerprint(model.config), f"{path}: made for another model (config fingerprint {metadata['fingerprint']}, this model has {fingerprint(model.config)})")
-    try:
-        made = metadata["schedule"] = json.loads(metadata["schedule"])
-        stages, first, step = made["stages"], made["first"], made["step"]
-        prior = metadata["prior"] = float(metadata.get("prior", 0))
-        need(all(type(v) is int for v in (stages, first, step)) and 1 <= stages <= 1000 and abs(prior) < 1e6, "")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path}: the schedule in its metadata is damaged") from None
-    places = [first + step * s for s in range(stages)]
-    if schedule:
-        asked = [schedule.first + schedule.step * s for s in range(schedule.stages)]
-        need(asked == places, f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
-    need("0.up.weight" in tensors and tensors["0.up.weight"].dim() == 2, f"{path}: its tensors are not those of {stages} predictors")
-    need(all(t.isfinite().all() for t in tensors.values()), f"{path}: a weight is not finite")
-    predictors = nn.ModuleList(Predictor(model.config.dim, tensors["0.up.weight"].shape[0]) for _ in range(stages))
-    try:
-        predictors.load_state_dict(tensors)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: {' '.join(str(e).split())}") from None
+    with blame(path, "the schedule in its metadata is damaged"):
+        made = Schedule(**json.loads(metadata["schedule"]))
+        metadata["schedule"], metadata["prior"] = asdict(made), float(metadata.get("prior", 0))
+        need(made.stages and abs(metadata["prior"]) < 1e6, "no stage, or no prior")
+    places, asked = ([s.first + s.step * i for i in range(s.stages)] for s in (made, schedule or made))
+    need(asked == places, f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
+    with blame(path, f"its tensors are not those of {made.stages} predictors"):
+        need(all(t.dtype in DTYPES.values() and t.isfinite().all() for t in tensors.values()), "a weight is not finite, or no floating point number")
+        with torch.device("meta"):  # shapes without memory: a damaged one may be of any size
+            predictors = nn.ModuleList(Predictor(model.config.dim, tensors["0.up.weight"].shape[0]) for _ in range(made.stages))
+        predictors.load_state_dict(tensors, assign=True)
     return predictors.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False), metadata

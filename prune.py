@@ -41,7 +41,7 @@ class Schedule:
         need(all(type(v) is int for v in (self.first, self.step, self.stages, self.sink)) and all(type(v) in (int, float) for v in (self.keep, self.local)),
              f"{self}: first, step, stages and sink are whole numbers, keep and local shares")
         need(self.first >= 1 and self.step >= 1 and 0 <= self.stages <= 1000, f"{self}: first and step count from 1, stages from 0 to 1000")
-        need(0 < self.keep <= 1 and self.sink >= 0 and 0 <= self.local <= 1, f"{self}: keep lies in (0, 1], local in [0, 1]")
+        need(0 < self.keep <= 1 and 0 <= self.sink < PAD and 0 <= self.local <= 1, f"{self}: keep lies in (0, 1], local in [0, 1]")
 
     def after(self, blocks):
         """The blocks (from 1) that carry a stage, of `blocks` in all; stages past the last block fall away."""
@@ -353,10 +353,7 @@ def schedule_from(args, blocks, made=None):
     given = {k: v for k in Schedule.__dataclass_fields__ if (v := getattr(args, k, None)) is not None}
     if {"keep", "stages"} & set(given):
         given.setdefault("shares", ())
-    try:
-        return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
-    except TypeError:
-        raise ValueError("the schedule in the predictors' metadata has unknown parts") from None
+    return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
 
 
 def main():

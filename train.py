@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
+from common import add_data_arguments, at_least, blame, cli, digest, output, provenance, rows_from
 from heldout import calibrate, report
 from model import DTYPES, PAD, Tokenizer, load, need, positions
 from parallel import add_up, first_says, join, place, sharded
@@ -138,11 +138,17 @@ def load_state(path, predictors, optimizer, run):
     tensors, metadata = load_tensors(path)
     need({"step", "log", "settings"} <= set(metadata), f"{path}: not a training state")
     need(metadata["settings"] == run, f"{path}: it belongs to a run with other settings, rows or model; repeat that command, or start without --resume")
-    predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        state = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"o.{i}.")}
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-    return int(metadata["step"]), json.loads(metadata["log"])
+    with blame(path, "damaged training state"):
+        step, log = int(metadata["step"]), json.loads(metadata["log"])
+        need(isinstance(log, list) and len(log) == step and all(isinstance(e, dict) for e in log), f"step {step} does not fit its log")
+        predictors.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("p.")})
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            state = {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"o.{i}.")}
+            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} if state else {}
+            need({k: v.shape for k, v in state.items()} == shapes and all(v.dtype == torch.float32 and (v.abs() < 1e9).all() for v in (p, *state.values()))
+                 and (not state or 1 <= state["step"] <= step and state["exp_avg_sq"].min() >= 0), f"parameter {i} or its optimiser state is damaged")
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+    return step, log
 
 
 def rate(step, steps, warmup):
@@ -197,7 +203,7 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=(), s
             sums["tokens"] = sums.get("tokens", 0) + sum(lengths)
         sums, leave = add_up(list(predictors.parameters()), sums, bool(stop))
         seen += sums.pop("tokens")
-        torch.nn.utils.clip_grad_norm_(predictors.parameters(), 1.0)
+        need(torch.nn.utils.clip_grad_norm_(predictors.parameters(), 1.0).isfinite(), f"step {step + 1}: the gradient is not finite; the files of the last save are kept")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -268,6 +274,7 @@ def arguments():
 def main():
     args = arguments().parse_args()
     need(args.cls or args.mse or args.rank or args.distill, "all loss weights are 0: nothing to train on")
+    need(0 < args.lr < 10 and args.tau > 0 and 0 <= args.warmup < 1 and all(0 <= w < 1e6 for w in (args.cls, args.mse, args.rank, args.distill)), "--lr and --tau are positive, --warmup a share, weights of losses not negative")
     need(args.batch == 1 or not args.hold, "--hold keeps single rows: leave out --batch")
     device = join(args.device)
     need(place().world > 1 or not args.shard, "--shard needs several processes: put torchrun --nproc-per-node N before the command")
@@ -276,9 +283,7 @@ def main():
     rows = rows_from(args, tokenizer, "train")
     heldout = rows_from(args, tokenizer, "heldout", limit=args.report_rows) if args.report_rows else []
     validation = rows_from(args, tokenizer, "validation", limit=args.calibrate) if args.calibrate else []
-    out = Path(args.out or Path("out") / Path(args.ckpt).name / "predictors.safetensors")
-    out = out if out.suffix == ".safetensors" else out / "predictors.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = output(args.out or Path("out") / Path(args.ckpt).name, "predictors.safetensors")
     begin, stop = time.time(), []
 
     def asked(number, frame):

@@ -38,6 +38,14 @@ def test_generation_equals_recomputing_everything(tiny, tokens):
     assert run.counts == [60] * 6 and run.trace == [] and run.kv_bytes == 67 * 6 * 2 * 24 * 4
 
 
+def test_a_temperature_near_0_is_greedy_and_damaged_weights_are_named(tokens):
+    model = tiny_model()
+    assert infer.generate(model, tokens[:1], 8, temperature=1e-50).tokens == infer.generate(model, tokens[:1], 8).tokens
+    model.head.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="output is not finite: its weights are damaged"):
+        infer.generate(model, tokens[:1], 8, temperature=1.0)
+
+
 def test_keep_everything_generates_the_same_text(tiny, tokens):
     full, kept = infer.generate(tiny, tokens[:1], 8), infer.generate(tiny, tokens[:1], 8, Schedule(1, 1, 4, 1.0), random_scorer())
     assert full.tokens == kept.tokens and full.kv_bytes == kept.kv_bytes

@@ -196,6 +196,11 @@ BAD_CONFIG = [  # what is changed in config.json, what the message says
     ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be whole numbers"),
+    ({"eos_token_id": [2, 2**70]}, "eos_token_id must be whole numbers"),
+    ({"hidden_size": 10**9}, "hidden_size is 1000000000, expected a whole number from 1 to 16777216"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 1000"),
+    ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "head_dim is 1048576, expected a whole number from 1 to 16"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
 ]
 
 
@@ -274,12 +279,14 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     (lambda s: s.update({Q: s[Q][:, :60].contiguous()}), r"q_proj.weight has shape \(64, 60\), config.json asks for \(64, 64\)"),
     (lambda s: s.update({Q: s[Q].flatten()}), r"has shape \(4096,\), config.json asks for \(64, 64\)"),
     (lambda s: s.update({Q: torch.zeros(64, 64, dtype=torch.int8)}), "q_proj.weight holds torch.int8, expected floating point"),
-], ids=["missing", "no head", "fourth block", "bias", "shape", "flat", "whole numbers"])
+    (lambda s: s.update({Q: torch.zeros(64, 64).to(torch.float8_e4m3fn)}), "q_proj.weight holds torch.float8_e4m3fn, expected floating point"),  # useless without its scales
+], ids=["missing", "no head", "fourth block", "bias", "shape", "flat", "whole numbers", "eight bits"])
 def test_tensors_that_do_not_fit_config(edit, message, tmp_path):
     folder = golden.write_checkpoint(tmp_path, "llama2")
     rewrite(folder, edit)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as e:
         cpu(folder)
+    assert str(e.value).startswith(f"{folder / 'model.safetensors'}: ")
 
 
 def test_derived_tensors_of_old_files_are_passed_over(tmp_path):
@@ -388,7 +395,7 @@ def test_sentencepiece_tokenizer(tmp_path):
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text] * 20), model_writer=out, vocab_size=300, model_type="bpe",
                                              byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
                                              remove_extra_whitespaces=False, minloglevel=2)
-    config_only(tmp_path)
+    golden.write_config(tmp_path, {**golden.cases()["llama2"], "vocab_size": 400})
     (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
     tok = Tokenizer(tmp_path)
     ids = tok.encode(text)
@@ -396,7 +403,12 @@ def test_sentencepiece_tokenizer(tmp_path):
     assert tok.decode(tok.encode("naïve\n東京 🙂")) == "naïve\n東京 🙂"  # unknown characters go through as bytes
     assert "".join(tok.piece(t) for t in ids[1:]).strip() == text
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert Tokenizer(tmp_path).encode(text) == ids[1:]
+    tok = Tokenizer(tmp_path)
+    assert tok.encode(text) == ids[1:]
+    assert tok.decode([350, *ids, 399]) == text and tok.piece(399) == ""  # a vocabulary padded beyond the tokenizer's
+    change(tmp_path / "config.json", vocab_size=5)
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer gives id {max(ids)}, by config.json the model knows 5 tokens"):
+        Tokenizer(tmp_path).encode(text)
 
 
 # --------------------------------------------------------------------------------- a real model, where it is there

@@ -1,12 +1,17 @@
 """Eq. 1, 2, 4, 5, 6: the module, the mask, the losses against plain loops, and the predictors file."""
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_model
-from predictor import (Predictor, gumbel_mask, load_predictors, mse_loss, mse_target, ranking_loss, save_predictors, score)
+from conftest import ROOT, tiny_model
+from predictor import (Predictor, gumbel_mask, load_predictors, load_tensors, mse_loss, mse_target, ranking_loss, save_predictors,
+                       save_tensors, score)
 from prune import Schedule
 
 
@@ -141,3 +146,49 @@ def test_damaged_predictors_file_is_refused(tmp_path, tiny):
         load_predictors(path, tiny)
     with pytest.raises(ValueError, match="no such file"):
         load_predictors(tmp_path / "none.safetensors", tiny)
+
+
+@pytest.mark.parametrize("name, change", [("0.up.weight", lambda t: torch.zeros(2**40, 0)), ("0.up.weight", lambda t: t.to(torch.float8_e4m3fn)),
+                                          ("1.up.weight", lambda t: t[:-1].clone()), ("2.down.bias", lambda t: t * math.nan), ("2.norm.bias", lambda t: t.int())])
+def test_tensors_that_are_no_predictors_are_refused(tmp_path, tiny, name, change):
+    path, _ = saved(tmp_path, tiny, Schedule(1, 2, 3, 0.7))
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {**tensors, name: change(tensors[name])}, metadata)
+    with pytest.raises(ValueError, match="predictors.safetensors: its tensors are not those of 3 predictors") as e:
+        load_predictors(path, tiny)
+    save_tensors(path, {k: v for k, v in tensors.items() if k != name}, metadata)
+    with pytest.raises(ValueError, match=name):
+        load_predictors(path, tiny)
+    assert str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("new", [{"first": -1}, {"stages": 10**9}, {"stages": 0}, {"keep": math.nan}, {"sink": 2**70}, {"shares": 5}, {"colour": "red"}, {"step": "x"}])
+def test_a_damaged_schedule_names_its_file(tmp_path, tiny, new):
+    path, _ = saved(tmp_path, tiny, Schedule(1, 2, 3, 0.7))
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, tensors, {**metadata, "schedule": json.dumps({**json.loads(metadata["schedule"]), **new})})
+    with pytest.raises(ValueError, match="predictors.safetensors: the schedule in its metadata is damaged"):
+        load_predictors(path, tiny)
+    save_tensors(path, tensors, {**metadata, "prior": "nan"})
+    with pytest.raises(ValueError, match="predictors.safetensors: the schedule in its metadata is damaged"):
+        load_predictors(path, tiny)
+
+
+def test_a_full_disk_leaves_the_previous_file_and_one_line(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    path = tmp_path / "p.safetensors"
+    save_tensors(path, {"a": torch.ones(5)}, {})
+    before = path.read_bytes()
+    code = ("import resource, sys, torch\nfrom common import cli\nfrom predictor import save_tensors\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\ncli(lambda: save_tensors(sys.argv[1], {'a': torch.ones(10000)}, {}))")
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"{path}: not written" in done.stderr, done.stderr
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path], "no temporary file is left behind"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (Path("/proc/self/p.safetensors"), tmp_path / "file" / "p.safetensors", tmp_path):
+        with pytest.raises(OSError, match=str(path.parent)):
+            save_tensors(path, {"a": torch.ones(5)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))

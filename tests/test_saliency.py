@@ -102,9 +102,14 @@ def test_rows_split_and_encoding(tmp_path):
 @pytest.mark.parametrize("line, message", [('{"instruction": ', "line 3: not valid JSON"), ("[1]", "line 3: expected a JSON object"),
                                            ('{"instruction": "a"}', "line 3: 'response' is missing or not text"),
                                            ('{"instruction": "a", "response": "b", "context": 5}', "line 3: 'context' is missing or not text"),
-                                           ('{"instruction": "\\ud800", "response": "b"}', "line 3: not valid JSON")])
+                                           ('{"instruction": "\\ud800", "response": "b"}', "line 3: not valid JSON"),
+                                           (b'{"instruction": "\xff", "response": "b"}', "line 3: not valid JSON .*can't decode byte 0xff"),
+                                           ("[" * 100000, "line 3: not valid JSON"),
+                                           ('{"instruction": "a", "response": "' + "b" * 1000001 + '"}', "line 3: 'response' has more than 1,000,000 characters")],
+                         ids=["cut", "list", "no response", "number", "surrogate", "no UTF-8", "deep", "long"])
 def test_malformed_line_is_named(tmp_path, line, message):
     path = write_rows(tmp_path / "d.jsonl", 2)
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=message):
+    path.write_bytes(path.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(ValueError, match=message) as e:
         read_rows(path)
+    assert str(e.value).startswith(f"{path}, ")

@@ -1,17 +1,21 @@
 """Eq. 7 and 8: what each loss reaches, the masks, resume after a kill, and a run that stops on NaN."""
+import math
+import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import train as T
-from common import Example
+from common import Example, output
 from conftest import ROOT, tiny_model
 from model import masked_attention, positions, visible
-from predictor import Predictor, load_predictors, load_tensors
+from predictor import Predictor, load_predictors, load_tensors, save_tensors
 from prune import Schedule
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
@@ -167,6 +171,67 @@ def test_resume_after_a_kill_gives_the_losses_of_an_unbroken_run(tmp_path, monke
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def kill_at(module, name, call):
+    """Let this process be killed at the given call of a function."""
+    original, calls = getattr(module, name), []
+
+    def dies(*a, **more):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*a, **more)
+    setattr(module, name, dies)
+
+
+@pytest.mark.parametrize("where", ["T, 'losses', 11", "os, 'replace', 11", "os, 'replace', 12"], ids=["in a step", "in a save", "between two files"])
+def test_resume_after_a_process_was_killed(tmp_path, where):
+    """Whatever moment a kill -9 chooses, in step 6 or while its predictors or its state are written."""
+    code = f"""import sys; sys.path[:0] = ['.', 'tests']
+from test_train import *
+kill_at({where})
+run(Path({str(tmp_path)!r}), 'broken', '--steps', 8, '--save-every', -1)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load_tensors(tmp_path / "broken" / "train_state.safetensors")[1]["step"] == "5"
+    out, whole = run(tmp_path, "whole", "--steps", 8)
+    again, resumed = run(tmp_path, "broken", "--steps", 8, "--resume")
+    assert resumed == whole
+    a, b = load_tensors(out)[0], load_tensors(again)[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t, m: t.pop("p.0.up.bias"), lambda t, m: t.pop("o.3.exp_avg"), lambda t, m: t.update({"p.1.up.bias": torch.zeros(3)}),
+    lambda t, m: t.update({"o.0.exp_avg_sq": -torch.ones(48)}), lambda t, m: t.update({"o.2.step": torch.tensor(-1.0)}),
+    lambda t, m: t.update({"o.1.exp_avg": torch.full((48,), math.nan)}), lambda t, m: t.update({"p.2.norm.bias": torch.full((48,), 3e38)}),
+    lambda t, m: m.update(step="-1"), lambda t, m: m.update(step="x"), lambda t, m: m.update(log="[" * 100000), lambda t, m: m.update(log="{}")])
+def test_a_damaged_training_state_is_refused(tmp_path, damage):
+    out, _ = run(tmp_path, "a", "--steps", 1)
+    state = out.with_name("train_state.safetensors")
+    tensors, metadata = load_tensors(state)
+    damage(tensors, metadata)
+    save_tensors(state, tensors, metadata)
+    with pytest.raises(ValueError, match="train_state.safetensors: damaged training state"):
+        run(tmp_path, "a", "--steps", 1, "--resume")
+
+
+def test_an_unwritable_place_is_known_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("/proc/self/p.safetensors", tmp_path / "file" / "more"):
+        with pytest.raises(OSError, match=str(Path(path).parent)):
+            output(path, "predictors.safetensors")
+    assert output(tmp_path / "new", "predictors.safetensors") == tmp_path / "new" / "predictors.safetensors"
+    assert output(tmp_path / "x.safetensors", "predictors.safetensors").name == "x.safetensors" and (tmp_path / "new").is_dir()
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_training(tmp_path):
+    (tmp_path / "predictors.safetensors").write_bytes(b"the previous one")
+    words = [sys.executable, "train.py", "--steps", "1", "--accum", "1", "--report-rows", "0", "--limit", "4", "--out", tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)))
+    assert done.returncode == 1 and done.stderr.startswith(f"train.py: {tmp_path}/predictors.safetensors: not written") and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "predictors.safetensors").read_bytes() == b"the previous one" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(tmp_path):
     words = [sys.executable, "train.py", "--steps", "4", "--accum", "1", "--report-rows", "0", "--save-every", "1000000", "--max-prompt", "420", "--limit", "4"]
     running = subprocess.Popen([*words, "--out", tmp_path / "broken"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -191,6 +256,15 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatc
     assert (tmp_path / "nan" / "predictors.safetensors").read_bytes() == saved
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_predictors(tmp_path, monkeypatch):
+    run(tmp_path, "nan", "--steps", 2)
+    saved = (tmp_path / "nan" / "predictors.safetensors").read_bytes()
+    monkeypatch.setattr(T, "ranking_loss", lambda score, *a: (0 * score).sqrt().sum())               # 0, and its gradient is 0 times infinity
+    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
+        run(tmp_path, "nan", "--steps", 1)
+    assert (tmp_path / "nan" / "predictors.safetensors").read_bytes() == saved
+
+
 def test_resuming_another_run_is_refused(tmp_path):
     out, _ = run(tmp_path, "a", "--steps", 1)
     args = arguments("--steps", 2, "--resume")
@@ -201,3 +275,10 @@ def test_resuming_another_run_is_refused(tmp_path):
 def test_the_learning_rate_rises_and_falls():
     values = [T.rate(step, 100, 0.1) for step in range(100)]
     assert max(values) == 1.0 and values[0] == 0.1 and values[-1] < 0.11 and values[9:] == sorted(values[9:], reverse=True)
+
+
+@pytest.mark.parametrize("words", [("--lr", "nan"), ("--lr", "0"), ("--tau", "0"), ("--warmup", "2"), ("--rank", "-1"), ("--mse", "inf")])
+def test_settings_that_can_only_do_harm_are_refused(words, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(ValueError, match="--lr and --tau are positive"):
+        T.main()
