@@ -62,13 +62,14 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
     N, eos, new = tokens.shape[1], model.config.eos if eos is None else eos, []
     start = clock(model.device)
     logits, caches, trace = prefill(model, tokens, schedule, scorer, max_new_tokens, h2o)
-    need(torch.isfinite(logits).all(), f"the logits are not finite in {model.dtype}: float16 overflows above 65,504, bfloat16 and float32 do not")
+    overflow = f"{model.source}: the logits are not finite in {model.dtype}: the weights are damaged, or too large for float16"
+    need(logits.isfinite().all(), overflow)
     counts = schedule.counts(N, len(caches)) if schedule else [N] * len(caches)
 
     def choose(logits):             # (1, V) -> (1, 1)
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        need(logits.isfinite().all(), "the model's output is not finite: its weights are damaged, or --dtype is too narrow for them")
+        need(logits.isfinite().all(), overflow)
         return torch.multinomial(torch.softmax((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6), -1), 1, generator=generator)
 
     token = choose(logits)

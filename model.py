@@ -264,7 +264,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.source = config, "random weights"          # where the weights come from, for messages
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -418,7 +418,8 @@ def load(path, dtype=None, device=None, split=None):
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{shard}: damaged or truncated safetensors file ({e})") from None
     missing = [key for key, (name, _) in wanted.items() if name not in state]
-    need(not missing, f"{shards[0] if len(shards) == 1 else index}: {len(missing)} tensors are missing, the first is {missing[0] if missing else ''}")
+    model.source = str(shards[0] if len(shards) == 1 else index)
+    need(not missing, f"{model.source}: {len(missing)} tensors are missing, the first is {missing[0] if missing else ''}")
     if config.tied:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)

@@ -7,6 +7,7 @@ A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`; ev
     python report.py --check    # exit 1 if a table there is not what results/ says
 """
 import argparse
+import ast
 import json
 import re
 from pathlib import Path
@@ -176,9 +177,37 @@ def plan_table():
     return markdown(["N", "arm", "weights", "KV", "activations", "arithmetic", "traffic", "prefill", "decode, per token", "prefill speed-up (arithmetic, traffic); decode"], rows)
 
 
-TABLES = {"plan": plan_table, "toy": toy, "speed": lambda: speed("smollm2_speed_cpu"), "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
+EQUATIONS = ("the module: keep and drop logits of a hidden state", "Gumbel-Softmax mask", "saliency, read literally (the default takes a norm instead)", "MSE between score and saliency",
+             "the ranking loss of all stages", "the ranking loss of one stage", "cross entropy of the pruned model", "the whole training loss")
+
+
+def equations():
+    """Where each equation is computed: the line marked with its number, and the function around it."""
+    rows = []
+    for number, what in enumerate(EQUATIONS, start=1):
+        for path in [ROOT / f"{name}.py" for name in ("model", "saliency", "predictor", "prune", "train", "infer")]:
+            text = path.read_text(encoding="utf-8")
+            for line, code in enumerate(text.splitlines(), start=1):
+                if code.endswith(f"# Eq. {number}"):
+                    names = [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno <= line <= node.end_lineno]
+                    rows.append([f"Eq. {number}", what, f"[{path.name}, line {line}]({path.name}#L{line}), `{'.'.join(names)}`", f"`{code.rsplit('#', 1)[0].strip()}`"])
+    return markdown(["paper", "what", "where", "the line"], rows)
+
+
+def keep_ratios():
+    """Every scorer at several keep ratios: the share of the random-to-full gap, likeliest first."""
+    found = [r for r in result("smollm2_tradeoff")["rows"] if r["group"] == "keep ratio"]
+    keeps, by = sorted({r["keep"] for r in found}, reverse=True), {(r["scorer"], r["keep"]): r for r in found}
+    names = sorted({r["scorer"] for r in found} - {"full", "random"}, key=lambda name: sum(by[name, k]["value"] for k in keeps))
+    rows = [[NAMES[name], *(percent(by[name, k]["share_of_gap"], by[name, k]["share_stderr"]) for k in keeps)] for name in names]
+    rows.append(["*NLL: the predictors (random, full)*", *(f"{by['predictor', k]['value']:.2f} ({by['random', k]['value']:.2f}, {by['full', k]['value']:.2f})" for k in keeps)])
+    head = ["kept by", *(f"keep {k:g}: {by['predictor', k]['mean_keep']:.0%} of the tokens, mean over blocks" for k in keeps)]
+    return markdown(head, rows) + source("smollm2_tradeoff")
+
+
+TABLES = {"equations": equations, "plan": plan_table, "toy": toy, "speed": lambda: speed("smollm2_speed_cpu"), "flops": flop_table, "nll": lambda: likelihood("smollm2_nll"), "text": lambda: likelihood("smollm2_text"), "choice": choice, "long": long_prompts, "h2o": h2o,
           "losses": lambda: study("smollm2_losses"), "targets": lambda: study("smollm2_targets"), "open": lambda: study("smollm2_open/"),
-          "keep": lambda: study("smollm2_open/keep ratio"), "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
+          "keep": keep_ratios, "allocation": lambda: study("smollm2_open/allocation"), "question": lambda: study("smollm2_open/question"),
           "data": lambda: study("smollm2_open/training data"), "figures": lambda: study("smollm2_figures/figure")}
 
 

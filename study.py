@@ -11,6 +11,8 @@ it tells variants apart that accuracy on as many rows could not.
     python study.py                                                                             # --table losses on the toy
 
 What is trained and measured is kept under --work: the same command goes on where it was stopped.
+
+Shapes: B = 1 row, N tokens; an NLL table is (rows,) sums beside (rows,) token counts.
 """
 import argparse
 import json

@@ -2,6 +2,8 @@
 
 An Item is a prompt with one or more answers, all as token ids. The formats are lm-evaluation-harness' for multiple
 choice and LAMBADA (Table 3), LongBench's and QMSum's for long prompts (Table 1), and plain text.
+
+Shapes: none; token ids are plain lists here, one prompt at a time.
 """
 import random
 import re

@@ -34,13 +34,18 @@ def test_the_readmes_tables_are_those_of_the_results():
     assert text.count("<!-- table ") >= 5 and report.render(text) == text, "run python report.py"
 
 
-def test_the_readmes_map_points_at_what_is_there():
+def test_the_readmes_map_names_everything_in_the_paper_and_points_at_what_is_there():
     section = (ROOT / "README.md").read_text().split("## Where is what")[1].split("\n## ")[0]
-    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")][2:]
-    assert len(rows) >= 9
-    for row in rows:
+    equations, rows = (part.split("\n\n")[0].splitlines()[2:] for part in section.split("| paper |")[1:])
+    assert [row.split("|")[1].strip() for row in equations if row.startswith("| Eq.")] == [f"Eq. {n}" for n in range(1, 9)]
+    named = " ".join(row.split("|")[1] for row in rows)
+    for kind, top in (("Figure", 5), ("Table", 6)):
+        listed = {int(n) for group in re.findall(kind + r"s? ((?:\d|, | and )+)", named) for n in re.findall(r"\d", group)}
+        assert listed == set(range(1, top + 1)), kind
+    for row in (row.split("|")[2] for row in rows):
         files = re.findall(r"`(\w+\.py)`", row)
-        text = "".join((ROOT / f).read_text() for f in files or re.findall(r"(\w+\.py)", row))
+        text = "".join((ROOT / f).read_text() for f in files)
+        assert files, row
         for name in re.findall(r"`(\w+(?:\.\w+)?)`", row):
             if not name.endswith(".py"):
                 assert re.search(rf"(def|class) {name.split('.')[-1]}\b", text), (row, name)
