@@ -14,7 +14,6 @@ import torch
 from common import hardware, prompt_text, read_rows
 from infer import clock, generate, generate_batch
 from model import Tokenizer, find, hf_name, need, positions
-from parallel import place
 from prune import drop, flops, kv_bytes, prefill, select
 
 
@@ -117,7 +116,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, static=
     fixed shapes, recording the step not counted. FLOPs and floors of the SDTP arm are those of the predictors, whatever scorer runs."""
     rows, L, c = [], len(model.blocks), model.config
     theirs = as_transformers(model) if vs else None
-    peak, bandwidth = (place().world * limit for limit in ceilings(model.device, model.dtype))  # of all processes together
+    peak, bandwidth = ceilings(model.device, model.dtype)
     print(f"{hardware(model.device)}, {str(model.dtype).removeprefix('torch.')}; measured ceilings: matmul {peak / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n"
           f"{new} new tokens; every time the median of {repeats} in turn with the other arms (prefill), of {min(3, repeats)} (decode)\n"
           "      N  arm            prefill s (min to max)      TFLOP/s  of peak   decode ms   GB/s  of copy   end to end s   peak GB    KV GB   prefill speed-up of ideal   end to end, by the floors")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from model import need
 TEMPLATES = {  # the user's text goes into {}; the answer follows
     "plain": "{}",
     "llama-2": "[INST] {} [/INST]",
+    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
 }
 MAX_TEXT = 10**6    # characters in a part of a prompt: more than any context holds, and tokenizing them could take gigabytes
@@ -152,7 +154,7 @@ def provenance(model):
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    return {"command": "python " + " ".join(sys.argv), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"command": "python " + " ".join(sys.argv), "processes": int(os.environ.get("WORLD_SIZE", 1)), "commit": commit or None, "hardware": hardware(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def output(path, name):
@@ -177,8 +179,14 @@ def cli(main):
     """Run a command's main: bad input ends in one line on stderr and exit code 1, not in a traceback."""
     try:
         main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
         text = " ".join(str(e).split())
-        sys.exit(f"{Path(sys.argv[0]).name}: {text if len(text) <= 1000 else text[:1000] + ' ...'}")
+        text = f"{Path(sys.argv[0]).name}: {text if len(text) <= 1000 else text[:1000] + ' ...'}"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:                 # leave at once: the others may wait for this one, which torchrun has to see gone
+            print(text, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(text)
     except KeyboardInterrupt:
         sys.exit("\nstopped")

@@ -45,7 +45,7 @@ import torch
 from common import add_data_arguments, at_least, cli, digest, provenance, rows_from
 from infer import add_pruning_arguments, clock, generate, load_pruning
 from model import Tokenizer, need, positions
-from parallel import agreed, first_says, place
+from parallel import TP, agreed, first_says, place
 from prune import H2O, SCORERS, extend, make_scorer, oracle_scorer, prefill, select
 from saliency import REDUCE, saliency
 from tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_l, text_items
@@ -112,10 +112,10 @@ def measure(model, item, arms, schedule, predictors, prior, seed, share=0.4, new
             reduce = name.removeprefix("oracle:")
             if reduce not in oracle:
                 oracle[reduce] = saliency(model, torch.cat((tokens, gold), 1), tokens.shape[1], schedule.after(L), reduce)
-            scorer = oracle_scorer(oracle[reduce])
+            scorer = agreed(oracle_scorer(oracle[reduce]))
         elif name == "compress":
             begin = clock(model.device)
-            text, used = compress(model, tokens, used, make_scorer("predictor", model, used, predictors, seed)), None
+            text, used = compress(model, tokens, used, agreed(make_scorer("predictor", model, used, predictors, seed))), None
         else:
             scorer = agreed(make_scorer(name, model, used, predictors, seed, prior))
         spent = clock(model.device) - begin if begin else 0.0        # before the prefill: compression scores the whole prompt first
@@ -226,6 +226,7 @@ def main():
     parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE", help="what +h2o and +local keep of every KV cache")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64, help="task long: tokens generated in every arm (the text ends at eos)")
     parser.add_argument("--rouge", action="store_true", help="task long: ROUGE-L instead of F1 (for summaries)")
+    parser.add_argument("--tp", action="store_true", help=TP)
     parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
     parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far (default: a file under out/eval/ named after the command)")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object on the last line")
@@ -235,9 +236,9 @@ def main():
     trained = () if predictors is None else ("predictor", "prior") if metadata.get("prior") else ("predictor",)
     default = {"nll": (*(n for n in SCORERS if n not in ("predictor", "prior")), *(f"oracle:{r}" for r in REDUCE)),
                "text": ("random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"), "long": ("compress", "random", "recent")}
-    arms = args.scorers or ["full", *trained, *(a for a in default.get(args.task, ("random", "recent", "attention")) if trained or a != "compress")]
+    default = [a for a in default.get(args.task, ("random", "recent", "attention")) if (trained or a != "compress") and not (args.tp and a.startswith("attention"))]
+    arms = args.scorers or ["full", *trained, *default]
     for arm in arms:
-        need(not (args.tp and arm.startswith("attention")), "--tp: attention is not summed over the heads of other processes, leave out the attention scorers")
         parse_arm(arm, 1, args.h2o)
     template = args.template or metadata.get("template", "plain")
     need(args.task == "nll" or args.data, f"--task {args.task} needs --data")

@@ -25,7 +25,7 @@ from torch import nn
 
 from common import TEMPLATES, at_least, cli, hardware, prompt_text, provenance, read_rows
 from model import DTYPES, Tokenizer, find, load, need
-from parallel import agreed, join, place, tensor_parallel
+from parallel import TP, agreed, join, place, same, tensor_parallel
 from pictures import dropped_at, survivors_page, survivors_text
 from predictor import Predictor, load_predictors
 from prune import H2O, SCORERS, add_schedule_arguments, extend, flops, make_scorer, prefill, schedule_from
@@ -72,13 +72,13 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, h2o=None
         need(logits.isfinite().all(), overflow)
         return torch.multinomial(torch.softmax((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6), -1), 1, generator=generator)
 
-    token = choose(logits)
+    token = same(choose(logits))
     new.append(token.item())
     first = clock(model.device)
     step = static_decode(model, caches, N, N + max_new_tokens) if static and max_new_tokens > 1 else None
     begin = clock(model.device)                                      # recording a graph is not part of a token's time
     while len(new) < max_new_tokens and new[-1] not in eos:
-        token = choose(step(token) if step else extend(model, token, N + len(new) - 1, caches, h2o)[:, -1])
+        token = same(choose(step(token) if step else extend(model, token, N + len(new) - 1, caches, h2o)[:, -1]))
         new.append(token.item())
     decode_s = (clock(model.device) - begin) / max(1, len(new) - 1)
     for cache in caches:
@@ -131,10 +131,10 @@ def generate_batch(model, prompts, max_new_tokens, schedule=None, scorer=None, e
     tokens = torch.tensor([p + [0] * (N - len(p)) for p in prompts], device=model.device)
     logits, caches, _ = prefill(model, tokens, schedule, scorer, max_new_tokens, lengths=lengths)
     pos = torch.tensor(lengths, device=model.device)[:, None]
-    new = [logits.argmax(-1, keepdim=True)]
+    new = [same(logits.argmax(-1, keepdim=True))]
     ended = torch.isin(new[0], pos.new_tensor(eos))
     while len(new) < max_new_tokens and not ended.all():
-        new.append(extend(model, new[-1], pos, caches, end=N + len(new))[:, -1].argmax(-1, keepdim=True))
+        new.append(same(extend(model, new[-1], pos, caches, end=N + len(new))[:, -1].argmax(-1, keepdim=True)))
         ended |= torch.isin(new[-1], pos.new_tensor(eos))
         pos = pos + 1
     rows = torch.cat(new, 1).tolist()
@@ -150,15 +150,14 @@ def add_pruning_arguments(parser):
     parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the checkpoint directory)")
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on cuda, else float32")
-    parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's heads and SwiGLU among the processes (tensor parallel)")
     add_schedule_arguments(parser)
 
 
 def load_pruning(args):
     """-> model, schedule, predictors (None where there are none), and their metadata."""
     device = join(args.device)
-    need((place().world > 1) == bool(args.tp), "--tp and torchrun --nproc-per-node N belong together: the one is of no use without the other")
-    model = load(args.ckpt, DTYPES.get(args.dtype), device, tensor_parallel() if args.tp else None)
+    need((place().world > 1) == bool(getattr(args, "tp", False)), "--tp and torchrun --nproc-per-node N belong together: the one is of no use without the other")
+    model = load(args.ckpt, DTYPES.get(args.dtype), device, tensor_parallel() if place().world > 1 else None)
     if args.ckpt.startswith("random:"):
         schedule = schedule_from(args, len(model.blocks))
         untrained = nn.ModuleList(Predictor(model.config.dim) for _ in schedule.after(len(model.blocks)))
@@ -194,6 +193,7 @@ def main():
     parser.add_argument("--png", metavar="FILE", help="--bench: draw cost against length (needs matplotlib)")
     parser.add_argument("--batch", type=at_least(1), metavar="B", help="answer the first B held-out rows of --data in one batch, full and pruned")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, attention apart (lengths dynamic); --bench also decodes in static shapes (on cuda a CUDA graph)")
+    parser.add_argument("--tp", action="store_true", help=TP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print everything measured as one JSON object on the last line")
     args = parser.parse_args()
@@ -201,7 +201,7 @@ def main():
     need(not (args.bench and args.batch), "--bench or --batch, not both")
     torch.manual_seed(args.seed)
     model, schedule, predictors, metadata = load_pruning(args)
-    need(not args.tp or not (args.compile or args.vs or args.scorer.startswith("attention")), "--tp runs without --compile, --vs and the attention scorers (a process knows its own heads only)")
+    need(not args.tp or not (args.compile or args.bench), "--tp runs without --compile and --bench (whose ceilings and counts are those of one device)")
     scorer = agreed(make_scorer(args.scorer, model, schedule, predictors, args.seed, metadata.get("prior", 0.0)))
     if place().rank:                 # one writer
         args.html = args.png = None

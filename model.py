@@ -232,7 +232,11 @@ class Block(nn.Module):
         chunk = MLP_CHUNK.get(x.device.type, 16384)
         if x.shape[1] <= chunk:
             return x + self.down(F.silu(self.gate(h)) * self.up(h))
-        return x + torch.cat([self.down(F.silu(self.gate(part)) * self.up(part)) for part in h.split(chunk, 1)], 1)
+        out = torch.empty_like(x)
+        for i in range(0, x.shape[1], chunk):
+            part = h[:, i:i + chunk]
+            out[:, i:i + chunk] = x[:, i:i + chunk] + self.down(F.silu(self.gate(part)) * self.up(part))
+        return out
 
 
 def visible(pos_q, pos_k, window=None):
@@ -359,7 +363,8 @@ def load(path, dtype=None, device=None, split=None):
     """Read a checkpoint directory in Hugging Face layout, or build `random:NAME`; returns a frozen Llama in eval mode.
 
     dtype: default bfloat16 on cuda, float32 elsewhere. device: default cuda if there, else cpu. split: lays the still empty model out
-    over several processes and returns a reader for this one's slice of a tensor in a file (parallel.py makes them).
+    over several processes and returns a reader for this one's slice of a tensor in a file (parallel.py makes them); random weights are
+    then drawn by each process on its own, good for timing alone.
     Raises FileNotFoundError or ValueError with one line when a file is missing, damaged, or holds another model.
     """
     from safetensors import SafetensorError, safe_open

@@ -11,7 +11,6 @@ changes.
 Shapes: B rows, n tokens, D hidden, L blocks, W processes.
 """
 import argparse
-import atexit
 import dataclasses
 import json
 import os
@@ -25,6 +24,9 @@ import torch.distributed as dist
 from common import at_least, cli
 from model import MLP_CHUNK, SHAPES, Config, default_device, find, need
 from prune import add_schedule_arguments, flops, kv_bytes, schedule_from
+
+
+TP = "under torchrun: divide every block's heads and SwiGLU among the processes (tensor parallel)"
 
 
 class Place(NamedTuple):
@@ -43,10 +45,11 @@ def join(device=None):
         return device
     device = torch.device(device or default_device())
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ["LOCAL_RANK"])
+        need(number < torch.cuda.device_count(), f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    atexit.register(dist.destroy_process_group)
     if place().rank > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -85,7 +88,8 @@ def tensor_parallel():
 def sharded():
     """For `model.load(split=...)`: every block's weights lie in W pieces (FSDP2); a block is gathered just before it runs and let go after.
 
-    Embedding, last norm and head stay whole everywhere, because the loops over blocks use them on their own.
+    Embedding, last norm and head stay whole everywhere, because the loops over blocks use them on their own. Every process has to run the
+    same blocks equally often, or they wait for each other for ever.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -134,34 +138,37 @@ def add_up(parameters, sums, stop):
     return dict(zip(sums, values)), stop > 0
 
 
+def same(tensor):
+    """A tensor of the first process, for all of its shape."""
+    if place().world > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def agreed(scorer):
     """A scorer whose scores are the first process's, so that all drop the same tokens whatever another device's last bit says."""
     if place().world == 1:
         return scorer
 
-    def same(stage, x, pos):
-        found = scorer(stage, x, pos).contiguous()
-        dist.broadcast(found, 0)
-        return found
-    return same
+    return lambda stage, x, pos: same(scorer(stage, x, pos))
 
 
 def first_says(number):
     """A whole number of the first process, for all."""
     if place().world == 1:
         return number
-    told = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(told, 0)
-    return told.item()
+    return same(torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")).item()
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
 
-def plan(config, n, schedule, devices, peak, memory, link, train_rows=1):
+def plan(config, n, schedule, devices, peak, memory, link, latency=15e-6):
     """What tensor parallel inference and sharded training of a shape take on `devices`, in bf16, by arithmetic alone.
 
-    peak FLOP/s, memory bytes/s and link bytes/s (each way) of one device. A ring sends 2 (W - 1) / W times the bytes that are added up, and
+    peak FLOP/s, memory bytes/s and link bytes/s (each way) of one device, latency seconds of one all-reduce. Predictors and head are not
+    divided. Activations: a block's input, its sum with attention, the norm of that and the result, and a chunk of the SwiGLU. A ring sends 2 (W - 1) / W times the bytes that are added up, and
     (W - 1) / W times those that are gathered. -> bytes, bytes per token and seconds, for both arms.
     """
     W, L, D = devices, config.n_blocks, config.dim
@@ -172,11 +179,13 @@ def plan(config, n, schedule, devices, peak, memory, link, train_rows=1):
     found = {"n": n, "devices": W, "weights_bytes": block * L / W + whole, "activation_bytes": 2 * D * n * 4 + 2 * min(n, MLP_CHUNK["cuda"]) * config.ffn // W * 3,
              "traffic_per_token_bytes": sent(1) * L, "train_gather_bytes": 2 * block * L * (W - 1) / W}
     for arm, counts in (("full", [n] * L), ("sdtp", schedule.counts(n, L))):
-        compute = flops(config, counts, schedule=schedule if arm == "sdtp" else None) / W / peak
-        traffic = sum(map(sent, counts)) / link
+        blocks = flops(config, counts) - 2 * D * config.vocab
+        whole_flops = flops(config, counts, schedule=schedule if arm == "sdtp" else None) - blocks
+        compute = (blocks / W + whole_flops) / peak
+        traffic = sum(map(sent, counts)) / link + 2 * L * latency * (W > 1)
         kv_held = kv_bytes(config, counts) / W
         found[arm] = {"kv_bytes": kv_held, "traffic_bytes": sum(map(sent, counts)), "compute_s": compute, "traffic_s": traffic, "prefill_s": compute + traffic,
-                      "decode_s": (block * L / W + whole / (1 if config.tied else 2) + kv_held) / memory + sent(1) * L / link}
+                      "decode_s": (block * L / W + whole / (1 if config.tied else 2) + kv_held) / memory + sent(1) * L / link + 2 * L * latency * (W > 1)}
     found["speedup"] = {part: found["full"][f"{part}_s"] / found["sdtp"][f"{part}_s"] for part in ("compute", "traffic", "prefill", "decode")}
     return found
 
@@ -186,17 +195,18 @@ def main():
     parser.add_argument("--shape", default="llama-3-70b", help=f"{', '.join(SHAPES)}, or a checkpoint directory (only its config.json is read)")
     parser.add_argument("--devices", type=at_least(1), default=8, help="W, processes with a device each")
     parser.add_argument("--lengths", type=at_least(1), nargs="+", default=[8192, 32768, 131072], help="prompt lengths")
-    parser.add_argument("--peak", type=float, default=600.0, help="TFLOP/s that a large bf16 matmul reaches on one device (default: what `infer.py --bench` would call a good H100)")
+    parser.add_argument("--peak", type=float, default=600.0, help="TFLOP/s that a large bf16 matmul reaches on one device (the default is a guess for an H100; infer.py --bench measures yours)")
     parser.add_argument("--memory", type=float, default=3000.0, help="GB/s that one device reads from its memory")
     parser.add_argument("--link", type=float, default=350.0, help="GB/s that one device sends to the next while it receives as much (NVLink 4; PCIe 5: 50)")
+    parser.add_argument("--latency", type=float, default=15.0, help="microseconds of an all-reduce of next to nothing")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     add_schedule_arguments(parser)
     args = parser.parse_args()
-    need(min(args.peak, args.memory, args.link) > 0, "--peak, --memory and --link are positive")
+    need(min(args.peak, args.memory, args.link) > 0 and args.latency >= 0, "--peak, --memory and --link are positive")
     config = SHAPES[args.shape] if args.shape in SHAPES else Config.from_json(find(args.shape) / "config.json")
     need(config.n_heads % args.devices == 0 and config.n_kv_heads % args.devices == 0, f"{config.n_heads} attention and {config.n_kv_heads} key/value heads do not divide among {args.devices} devices")
     schedule = schedule_from(args, config.n_blocks)
-    rows = [plan(config, n, schedule, args.devices, args.peak * 1e12, args.memory * 1e9, args.link * 1e9) for n in args.lengths]
+    rows = [plan(config, n, schedule, args.devices, args.peak * 1e12, args.memory * 1e9, args.link * 1e9, args.latency * 1e-6) for n in args.lengths]
     first = rows[0]
     print(f"{args.shape} on {args.devices} devices of {args.peak:g} TFLOP/s, {args.memory:g} GB/s, {args.link:g} GB/s to the next; bf16, {len(schedule.after(config.n_blocks))} stages, keep {schedule.keep}\n"
           f"each device: weights {first['weights_bytes'] / 1e9:.1f} GB; sends {first['traffic_per_token_bytes'] / 1e6:.2f} MB a token that passes all blocks\n"

@@ -190,7 +190,8 @@ def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None, lengths
     rope = model.rope(pos, N)
     x = model.embed(tokens)                                          # (B, N, D)
     for i, block in enumerate(model.blocks, start=1):
-        entered, x = x, block(x, rope, caches[i - 1])                # (B, n, D)
+        entered = x if h2o else None
+        x = block(x, rope, caches[i - 1])                            # (B, n, D)
         if h2o:
             evict(block, entered, rope, caches[i - 1], h2o)
         if i in after:
@@ -220,7 +221,8 @@ def extend(model, tokens, start, caches, h2o=None, end=None):
     rope = model.rope(start + positions(tokens), start + tokens.shape[1] if end is None else end)
     x = model.embed(tokens)
     for block, cache in zip(model.blocks, caches):
-        entered, x = x, block(x, rope, cache)
+        entered = x if h2o else None
+        x = block(x, rope, cache)
         if h2o:
             evict(block, entered, rope, cache, h2o)
     return model.logits(x)
@@ -279,6 +281,7 @@ def attention_scorer(model, schedule, last=None):
     def scorer(stage, x, pos):
         need(last is None or not (pos == PAD).any(), "the last queries of padded rows are not at the end: use prompts of one length")
         block = model.blocks[schedule.after(len(model.blocks))[stage]]  # block b_s + 1: numbers count from 1, the list from 0
+        need(block.c.n_heads == model.config.n_heads, "attention is not summed over the heads of other processes: leave out --tp or the attention scorers")
         q, k, _ = block.qkv(x, model.rope(pos, 0))
         n, heads = pos.shape[1], q.shape[1]
         k = k.repeat_interleave(heads // k.shape[1], 1)

@@ -173,6 +173,7 @@ def train(model, rows, heldout, schedule, args, out, held=None, validation=(), s
     state, notes = out.with_name("train_state.safetensors"), {"reduce": args.reduce, "template": args.template or "plain", "command": "python " + " ".join(sys.argv)}
     run = settings(model, rows, schedule, args)
     step, log = load_state(state, predictors, optimizer, run) if args.resume and state.is_file() else (0, [])
+    need(first_says(step) == step, f"{state}: not every process finds the same training state there")
     print(f"{len(rows)} rows, {steps} steps of {args.accum} rows, {S} stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}"
           + (f"; going on after step {step}" if step else ""), flush=True)
     began, first, seen, saved, held = time.time(), step, 0, time.time(), {} if held is None else held
@@ -278,6 +279,7 @@ def main():
     need(args.batch == 1 or not args.hold, "--hold keeps single rows: leave out --batch")
     device = join(args.device)
     need(place().world > 1 or not args.shard, "--shard needs several processes: put torchrun --nproc-per-node N before the command")
+    need(not (args.hold and args.shard), "--shard gathers blocks in step on all processes, so none may pass over a row: leave out --hold")
     tokenizer, model = Tokenizer(args.ckpt), load(args.ckpt, DTYPES.get(args.dtype), device, sharded() if args.shard else None)
     schedule = schedule_from(args, len(model.blocks))
     rows = rows_from(args, tokenizer, "train")

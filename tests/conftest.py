@@ -1,9 +1,12 @@
 """A tiny random Llama for every test file, and the import path."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")                        # before torch, and for commands: on tensors this small a second thread only waits
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "checkpoints")]

@@ -3,7 +3,7 @@
 Run by pytest it starts the real commands under torchrun; started by torchrun itself it is one of two processes (`worker`).
 """
 import json
-import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +17,12 @@ from model import SHAPES, Llama, load
 from predictor import load_tensors
 from prune import Schedule, flops, kv_bytes
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}                  # as torchrun itself sets it
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def run(*words, two=False, fails=False):
     """A command in one process or under torchrun -> the JSON object on its last line, or what it wrote to stderr."""
-    done = subprocess.run([sys.executable, *(TORCHRUN if two else []), *map(str, words)], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *(TORCHRUN if two else []), *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stderr if fails else json.loads(done.stdout.splitlines()[-1])
 
@@ -41,7 +40,7 @@ def single(tmp_path_factory):
 TRAIN = ["train.py", "--steps", 3, "--accum", 4, "--limit", 8, "--report-rows", 1, "--json"]
 
 
-@pytest.mark.parametrize("mask, more", [("topk", []), ("gumbel", []), ("topk", ["--shard"])], ids=["data", "noise", "shard"])
+@pytest.mark.parametrize("mask, more", [("gumbel", []), ("topk", ["--shard"])], ids=["data", "shard"])
 def test_two_processes_train_as_one(single, mask, more, tmp_path):
     log = run(*TRAIN, "--mask", mask, *more, "--out", tmp_path, two=True)["log"]
     tensors = load_tensors(tmp_path / "predictors.safetensors")[0]
@@ -53,20 +52,29 @@ def test_two_processes_train_as_one(single, mask, more, tmp_path):
         assert (tensors[name] - tensor).abs().max() < 1e-4, name     # a tenth of one step: Adam divides by the size of gradients near 0
 
 
-def test_a_run_of_two_processes_is_resumed_by_one(single, tmp_path):
-    words = [*TRAIN[:1], "--accum", 4, "--limit", 8, "--report-rows", 0, "--epochs", 1, "--json", "--save-every", 0, "--lr", "1e-3", "--out", tmp_path]
-    whole = run(*words, two=True)["log"]
-    assert run(*words, "--resume")["log"] == whole                   # the settings fit, and nothing is left to do
+def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
+    words = [*TRAIN, "--mask", "topk", "--out", tmp_path]
+    running = subprocess.Popen([sys.executable, *TORCHRUN, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    seen = ""
+    while "step 1/3" not in seen:
+        seen += (more := running.stdout.read(1))
+        assert more, seen
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) != 0 and "stopped and saved after step" not in seen
+    assert 1 <= int(load_tensors(tmp_path / "train_state.safetensors")[1]["step"]) < 3
+    log = run(*words, "--resume")["log"]
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in single["topk"][0]], abs=1e-5)
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):
     assert "--accum 3 rows a step in batches of 1 do not divide among 2 processes" in run("train.py", "--accum", 3, "--out", tmp_path, two=True, fails=True)
+    assert "leave out --hold" in run("train.py", "--shard", "--hold", "--out", tmp_path, two=True, fails=True)
     assert "torchrun" in run("train.py", "--shard", fails=True) and "torchrun" in run("infer.py", "--tp", fails=True)
+    assert "leave out --tp" in run("infer.py", "--tp", "--scorer", "attention", two=True, fails=True)
 
 
-@pytest.mark.parametrize("more", [[], ["--h2o", 0.4]], ids=["plain", "h2o"])
-def test_tensor_parallel_writes_the_same_text(more):
-    one, two = run("infer.py", "--json", *more), run("infer.py", "--tp", "--json", *more, two=True)
+def test_tensor_parallel_writes_the_same_text():
+    one, two = run("infer.py", "--json"), run("infer.py", "--tp", "--json", two=True)
     for name in ("full", "sdtp"):
         assert one[name]["text"] == two[name]["text"] and one[name]["counts"] == two[name]["counts"] and one[name]["kv_bytes"] == 2 * two[name]["kv_bytes"]
     assert one["stage_of"] == two["stage_of"]
@@ -92,7 +100,7 @@ def test_heads_that_do_not_divide_are_refused(monkeypatch):
 
 
 def test_slices_logits_saliency_and_survivors_on_two_processes(tmp_path):
-    done = subprocess.run([sys.executable, *TORCHRUN, __file__, tmp_path], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *TORCHRUN, __file__, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "both agree" in done.stdout, done.stderr[-3000:]
 
 
@@ -105,10 +113,11 @@ def test_the_plan_of_70b_on_eight_devices_adds_up():
     whole = 2 * 2 * config.vocab * config.dim
     assert found["weights_bytes"] == pytest.approx((weights - whole) / 8 + whole, rel=1e-6)
     counts = schedule.counts(32768, 80)
-    assert found["sdtp"]["compute_s"] == pytest.approx(flops(config, counts, schedule=schedule) / 8 / 6e14)
+    whole_everywhere = 2 * 8192 * 128256 + flops(config, counts, schedule=schedule) - flops(config, counts)
+    assert found["sdtp"]["compute_s"] == pytest.approx(((flops(config, counts) - 2 * 8192 * 128256) / 8 + whole_everywhere) / 6e14)
     assert found["sdtp"]["kv_bytes"] == kv_bytes(config, counts) / 8
     assert found["full"]["traffic_bytes"] == 80 * 2 * 32768 * 8192 * 2 * 2 * 7 / 8               # blocks, sums, tokens, D, bytes, ring
-    assert found["speedup"]["traffic"] == pytest.approx(80 * 32768 / sum(counts))
+    assert found["speedup"]["traffic"] == pytest.approx(80 * 32768 / sum(counts), rel=1e-2)      # but for the latency
     assert found["speedup"]["traffic"] < found["speedup"]["prefill"] < found["speedup"]["compute"]
 
 
