@@ -1,9 +1,9 @@
 """Eight exercises and three open puzzles on SDTP (arXiv 2504.04514): the student's file.
 
 Replace each `raise NotImplementedError`. A docstring says all that is needed: the place in the paper, shapes, the rule, a line budget and an
-example on four tokens, whose numbers are rounded to four digits. Everything is fp32 on the CPU unless it says otherwise; inputs must not be
-changed in place; results may be off by 1e-5. Import what Python and torch have. Lines are counted without docstring, comments and blank lines;
-two statements in one line are two.
+example on four tokens, its results shown as lists rounded to four digits. Everything is fp32 on the CPU unless it says otherwise, angles of rotary
+positions too; inputs must not be changed in place; results may be off by 1e-5. Import what Python and torch have. Lines are counted without the def,
+docstring, comments and blank lines; two statements in one line are two.
 
     python -m pytest tests/test_exercises.py --impl student                # n/8, and a hint for each that fails
     python -m pytest tests/test_exercises.py --impl student -k select      # one of them
@@ -57,8 +57,8 @@ def ranking_loss(score, saliency, mask):
     score, saliency and mask are (B, n), the mask holds 0.0 and 1.0. Returns a scalar tensor, differentiable in score. The pairs are all i < j of
     the same row whose tokens both have mask 1. A pair's loss is
         log(1 + exp(-(score_i - score_j) * sign(saliency_i - saliency_j)))
-    where sign(0) = 0: a pair of equal saliency counts log 2. The paper sums the pairs; here the result is their mean, the pairs of all B rows
-    in one heap. No pair at all: 0. Score differences of hundreds must come out finite.
+    where sign(0) = 0: a pair of equal saliency counts log 2. The paper sums the pairs; here the result is one mean over all pairs of all
+    rows, not a mean of row means. No pair at all: 0. Score differences of hundreds must come out finite.
 
     Four tokens, the third not in the mask, the first and the last equally salient. Pairs 0-1, 0-3, 1-3: (log(1 + e) + log 2 + log(1 + e^-2)) / 3
     >>> ranking_loss(torch.tensor([[1.0, 2.0, 9.0, 0.0]]), torch.tensor([[5.0, 3.0, 1.0, 5.0]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
@@ -111,7 +111,7 @@ def tokens_per_block(n, blocks, first, step, stages, keep, sink, local):
     block 1, 2, ... Stage s = 1 ... stages stands after block first + step * (s - 1), blocks counted from 1: the next block is the first to see
     fewer tokens. A stage that stands after the last block, or beyond, falls away. After stage s there are left
         max(protected, round(keep ** s * n))
-    with Python's round: a share of the prompt, not of what is left. protected = sink + max(1, ceil(local * n - 1e-9)), but never more than n.
+    with Python's round: a share of the prompt, not of what is left. protected = min(n, sink + max(1, ceil(local * n - 1e-9))).
 
     Four tokens, six blocks, three stages after blocks 1, 3 and 5, half kept by each: 4, then 2, 1 and 0.5 by the share, but 2 are protected:
     >>> tokens_per_block(4, 6, 1, 2, 3, 0.5, 1, 0.1)
@@ -124,13 +124,14 @@ def flops(c, counts, accounting):
     """7. What a prefill costs (Section 4.3, Table 2). At most 8 lines.
 
     counts is a list: how many tokens enter each block. c has the ints c.dim (D), c.n_heads (H), c.n_kv_heads (G), c.head_dim (d), c.ffn (F, the
-    width of the SwiGLU) and c.vocab (V). accounting is a str. Returns an int, 2 FLOPs for one multiply-add.
-    "exact": per block of n tokens the matrices q and o (D x H d each), k and v (D x G d each: grouped-query), gate, up and down (D x F each), each
+    width of the SwiGLU) and c.vocab (V). accounting is a str. Returns an int.
+    "exact": 2 FLOPs for one multiply-add; per block of n tokens the matrices q and o (D x H d each), k and v (D x G d each: grouped-query), gate, up and down (D x F each), each
         used once per token; in attention two products of length d (q . k, and the weighted sum of v) per query head and per pair of a query and a
         key not after it, so n (n + 1) / 2 pairs. At the end the head (D x V) on the last token alone. Norms, softmax, embedding count nothing.
-    "paper": Table 2's own accounting, found by fitting its baselines: per block 2 (4 D D + 3 D F) for each of its n tokens and 3 D for each of n * n
-        pairs; once 4 V D for each of the counts[0] tokens of the prompt.
-    Mistral-7B (D 4096, H 32, G 8, d 128, F 14336, V 32000, 32 blocks) then has the paper's 72.51 TFLOPs at 4096 tokens, 8864.49 at 131072.
+    "paper": Table 2's own accounting, found by fitting its baselines, to be taken as it stands: per block 2 (4 D D + 3 D F) for each of its n tokens
+        and 3 D for each of n * n pairs; once 4 V D for each of the counts[0] tokens of the prompt.
+    Mistral-7B (D 4096, H 32, G 8, d 128, F 14336, V 32000, 32 blocks) then has 72.516 TFLOPs at 4096 tokens and 8864.81 at 131072, where the paper
+    prints 72.51 and 8864.49.
 
     Four tokens enter the first block, two the second; D 4, H 2, G 1, d 2, F 3, V 5:
     >>> from types import SimpleNamespace
@@ -198,7 +199,8 @@ def puzzle_scorer(model):
     """c. A scorer that needs no training: lower NLL than the random choice and the norm of the hidden state.
 
     model: the frozen toy. Returns scorer(stage, x (B, n, D), pos (B, n)) -> (B, n), higher is kept; stages 0 ... 9 stand after blocks 2 ... 11.
-    The scorer may look at all of x, and at the weights, but not run more than one block; no rows, no gradients, no trained predictors.
+    The scorer may look at all of x, and at the weights (model.blocks[i].q, .k, .attn_norm ...; model.config), but not run more than one block; no
+    rows, no gradients, no trained predictors. Differences below 0.03 are noise: compare on several seeds.
     Given here: the norm.
     """
     return lambda stage, x, pos: torch.linalg.vector_norm(x, dim=-1)
