@@ -271,7 +271,7 @@ def side_by_side(args, model, schedule, scorer, metadata):
     if expected is not None:
         print(f"right {expected!r}")
     print(f"\n{n} prompt tokens, {1 - runs['sdtp'].counts[-1] / n:.0%} dropped by the last stage; prefill {result['full']['prefill_s'] / result['sdtp']['prefill_s']:.2f}x"
-          f" faster (ideal by FLOPs {result['ideal']:.2f}x), KV cache {1 - result['sdtp']['kv_bytes'] / result['full']['kv_bytes']:.0%} smaller")
+          f" as fast (ideal by FLOPs {result['ideal']:.2f}x), KV cache {1 - result['sdtp']['kv_bytes'] / result['full']['kv_bytes']:.0%} smaller")
     return result
 
 
