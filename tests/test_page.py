@@ -68,6 +68,15 @@ def in_browser(path, script):
     text = text.replace("</html>", f"""<script>(async () => {{
         const key = (name, target) => target.dispatchEvent(new KeyboardEvent("keydown", {{key: name, bubbles: true, cancelable: true}}));
         const gone = () => document.querySelectorAll("#text .gone").length, shown = i => cells[i].place.textContent, wait = ms => new Promise(done => setTimeout(done, ms));
+        for (const [name, event] of [["focus", "focusin"], ["blur", "focusout"]]) {{              // on a busy machine the window may be given no focus,
+            const real = HTMLElement.prototype[name];                                             // and then these events do not come by themselves
+            HTMLElement.prototype[name] = function () {{
+                let came = false;
+                this.addEventListener(event, () => came = true, {{once: true}});
+                real.call(this);
+                if (!came) this.dispatchEvent(new FocusEvent(event, {{bubbles: true}}));
+            }};
+        }}
         let result;
         try {{ {script} }} catch (e) {{ errors.push(String(e)); }}
         document.body.replaceChildren(Object.assign(document.createElement("pre"), {{id: "found", textContent: encodeURIComponent(JSON.stringify({{result, errors}}))}}));
