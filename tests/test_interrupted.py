@@ -95,7 +95,8 @@ def test_two_hundred_prompts_in_one_process():
             resident.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024)
             held.append(sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor))
     assert held[1] == held[2] == held[3], f"bytes of the tensors alive after 50, 100, 150 and 200 prompts: {held}"
-    assert resident[3] - resident[1] < 16, f"resident megabytes: {resident}"                     # the allocator settles within a few
+    # the caches of a hundred prompts would be 120 MB; the allocator, after hundreds of other tests, moves in steps of some 20 MB
+    assert resident[3] - resident[1] < 40, f"resident megabytes: {resident}"
     assert [said(*loaded, number) for number in range(0, 200, 17)] == found[::17]
     some = (199, 0, 57, 119)
     fresh = subprocess.run([sys.executable, "-c", SOAK, *map(str, some)], cwd=ROOT, capture_output=True, text=True)
