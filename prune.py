@@ -1,392 +1,293 @@
-"""Hierarchical token pruning at inference (Section 3.4): schedule, selection, physical drop, ragged caches, accounting.
+"""Token pruning at inference (Section 3.4): schedule, selection, drop, decode, Table 2's FLOPs.
 
-A stage stands after block b_s = first + step * (s - 1), blocks counted from 1. It scores the tokens that leave that
-block, keeps the protected ones and the top-scored rest, and drops the others from the hidden states and positions:
-block b_s + 1 is the first to see, and to cache, fewer tokens.
+Stage s comes after block b_s = first + step * (s - 1), blocks counted from 1. It scores the tokens
+that leave that block, keeps the protected ones and the top-scored rest, and drops the others from
+hidden states and positions: block b_s + 1 is the first to see, and to cache, fewer tokens. So the
+caches are ragged: they hold different numbers of tokens from block to block.
 
-    python prune.py --shape mistral-7b          # tokens per block, FLOPs and KV bytes of Table 2; loads no weights
+    python prune.py --shape mistral-7b      # Table 2's FLOPs and cache sizes; loads no weights
 
-Shapes: B rows, N prompt tokens, n tokens now, k tokens kept, D hidden, L blocks, S stages.
+Shapes: B rows, N prompt tokens, n tokens now, k kept, D hidden, L blocks, S stages, V vocabulary.
 """
-import argparse
-import json
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from common import at_least, cli
-from model import PAD, SHAPES, Config, KVCache, find, need, positions, visible
-from predictor import hidden_size, score
+from model import PAD, Config, KVCache, beyond, per_row, positions
+from predictor import predictor_width, score
+from support.checkpoint import PUBLISHED, shape_of
+from support.checks import check_prompts, check_schedule
+from support.files import need
+from support.options import cli, print_json, schedule_options
+from support.parsers import prune_parser
+from support.printing import print_flops
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where the stages stand and how many tokens survive each; the defaults are the paper's for 32 blocks."""
-    first: int = 4                  # the first stage stands after this block
+    """Where the stages are, and how many tokens survive each: the paper's for 32 blocks."""
+    first: int = 4                  # the first stage comes after this block
     step: int = 3                   # blocks from one stage to the next
     stages: int = 10                # S
     keep: float = 0.9               # r: stage s keeps the share r^s of the prompt
     sink: int = 4                   # the first tokens, always kept
     local: float = 0.1              # the share of last tokens, always kept
-    shares: tuple = ()              # beyond the paper: the share of the prompt that each stage keeps, instead of r^s
 
     def __post_init__(self):
-        object.__setattr__(self, "shares", tuple(self.shares))       # a list, after a trip through JSON
-        need(not self.shares or len(self.shares) == self.stages and all(type(v) in (int, float) and 0 < v <= 1 for v in self.shares)
-             and list(self.shares) == sorted(self.shares, reverse=True), f"{self}: shares are one number in (0, 1] a stage, never rising")
-        need(all(type(v) is int for v in (self.first, self.step, self.stages, self.sink)) and all(type(v) in (int, float) for v in (self.keep, self.local)),
-             f"{self}: first, step, stages and sink are whole numbers, keep and local shares")
-        need(self.first >= 1 and self.step >= 1 and 0 <= self.stages <= 1000, f"{self}: first and step count from 1, stages from 0 to 1000")
-        need(0 < self.keep <= 1 and 0 <= self.sink < PAD and 0 <= self.local <= 1, f"{self}: keep lies in (0, 1], local in [0, 1]")
+        check_schedule(self)
 
     def after(self, blocks):
-        """The blocks (from 1) that carry a stage, of `blocks` in all; stages past the last block fall away."""
-        return [b for b in (self.first + self.step * s for s in range(self.stages)) if b < blocks]
-
-    def kept(self, n, stage):
-        """Tokens of a prompt of n that survive stage 1, 2, ...: a share of the prompt, not of what is left."""
-        protected = min(n, self.sink + local_tokens(n, self.local))
-        return max(protected, round(self.share(stage) * n))
+        """The blocks (from 1) with a stage after them; none after the last of `blocks`."""
+        end = self.first + self.step * self.stages
+        places = range(self.first, end, self.step)
+        return [b for b in places if b < blocks]
 
     def share(self, stage):
-        """Of the prompt, kept by stage 1, 2, ...; stage 0 is the whole prompt."""
-        return self.shares[stage - 1] if self.shares and stage else self.keep ** stage
+        """The share of the prompt that stage 1, 2, ... keeps; stage 0 is the whole prompt."""
+        return self.keep ** stage
+
+    def kept(self, n, stage):
+        """Tokens of n that survive stage 1, 2, ...: r^s of n, never fewer than are protected."""
+        fixed = self.sink + local_tokens(n, self.local)
+        target = round(self.share(stage) * n)
+        return max(target, min(n, fixed))
 
     def counts(self, n, blocks):
-        """Tokens of a prompt of n that enter each of `blocks` blocks."""
-        after = self.after(blocks)
-        return [n if not (s := sum(b < i for b in after)) else self.kept(n, s) for i in range(1, blocks + 1)]
-
-    @staticmethod
-    def scaled(blocks):
-        """The paper's schedule in proportion to another depth: 4 + 3s of 32 blocks, about 35% kept by the last stage."""
-        first, step = max(1, round(blocks / 8)), max(1, round(3 * blocks / 32))
-        stages = len(range(first, blocks, step)[:10])
-        return Schedule(first, step, stages, round(0.9 ** (10 / max(1, stages)), 2))
+        """How many of a prompt's n tokens enter each of `blocks` blocks."""
+        counts = [n] * blocks
+        for stage, b in enumerate(self.after(blocks), start=1):
+            left = self.kept(n, stage)
+            counts[b:] = [left] * (blocks - b)
+        return counts
 
     @property
     def pruned(self):
-        """Share of the prompt dropped by the last stage, where all stages stand before the model's last block."""
+        """The share of the prompt that all stages together drop."""
         return 1 - self.share(self.stages)
 
+    @staticmethod
+    def scaled(blocks):
+        """The paper's schedule in proportion to another depth: about 35% kept at the end."""
+        first = max(1, round(blocks / 8))
+        step = max(1, round(3 * blocks / 32))
+        places = range(first, blocks, step)
+        stages = min(10, len(places))
+        keep = round(0.9 ** (10 / max(1, stages)), 2)
+        return Schedule(first, step, stages, keep)
 
-def local_tokens(prompt_len, local):
-    """The last tokens that are always kept; at least one, because the last token's output is the answer's first token."""
-    return max(1, math.ceil(local * prompt_len - 1e-9))
+
+UNPRUNED = Schedule(stages=0)
 
 
-class Stage(NamedTuple):
-    """What one stage did: the token positions it saw, their scores, and the positions it kept."""
-    block: int                      # it stands after this block, counted from 1
-    seen: torch.Tensor              # (B, n)
-    score: torch.Tensor             # (B, n)
-    kept: torch.Tensor              # (B, k)
+def local_tokens(n, local):
+    """How many last tokens of a prompt of n always stay: at least one, it predicts the answer."""
+    tokens = math.ceil(local * n - 1e-9)            # 0.07 * 100 is a little more than 7
+    return max(1, tokens)
+
+
+def protected(pos, prompt_len, sink, local):
+    """Never dropped: the first `sink` tokens, the prompt's last share `local`, all past the prompt.
+
+    pos (B, n) and B prompt lengths -> (B, n) bool. Padding, at PAD, is not protected.
+    """
+    starts = [p - local_tokens(p, local) for p in prompt_len]
+    starts = torch.tensor(starts, device=pos.device)
+    late = pos >= starts[:, None]
+    return (pos < sink) | (late & (pos < PAD))
 
 
 def candidates(pos, prompt_len, schedule):
-    """The tokens that may be dropped: neither sink, nor local, nor response, nor padding. pos (B, n), B prompt lengths -> bool (B, n)."""
-    return (pos >= schedule.sink) & (pos < torch.tensor([[n - local_tokens(n, schedule.local)] for n in prompt_len], device=pos.device))
+    """The tokens that may be dropped: not protected, and no padding: (B, n) bool."""
+    fixed = protected(pos, prompt_len, schedule.sink, schedule.local)
+    return (pos < PAD) & ~fixed
 
 
-def select(score, pos, k, prompt_len, sink=4, local=0.1):
-    """Which of the n tokens survive: score and pos (B, n) -> indices (B, k), increasing.
+def select(scores, pos, k, prompt_len, sink=4, local=0.1):
+    """Which tokens survive: scores and pos (B, n) -> increasing indices into the n, (B, max k).
 
-    Protected are the first `sink` positions, the last ceil(local * prompt_len) of the prompt, and everything after the
-    prompt. Among equal scores the earlier token wins, on every device. Rows of different length: k and prompt_len are
-    lists of B, padding stands at PAD, and a row's indices beyond its own k are of no use, they only fill the batch.
+    k and prompt_len are ints, or lists with one for each row. The protected survive, the top-scored
+    fill up to k; among equal scores the earlier token wins, on every device. Past its own k a row
+    has fillers, other indices, which the caller hides.
     """
-    ragged = not isinstance(k, int)
-    if ragged:
-        first_local = torch.tensor([[m - local_tokens(m, local)] for m in prompt_len], device=pos.device)
-        protected = (pos < sink) | (pos >= first_local) & (pos < PAD)
-        score = score.float().masked_fill(pos == PAD, -math.inf)
-    else:
-        protected = (pos < sink) | (pos >= prompt_len - local_tokens(prompt_len, local))
-    finite = score.float().nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)  # only the protected are inf
-    order = finite.masked_fill(protected, math.inf).argsort(dim=1, descending=True, stable=True)
-    if not ragged:
-        return order[:, :k].sort(dim=1).values  # sorted: survivors stay in reading order, so causal attention stays causal
-    late = beyond(k, pos.device) * pos.shape[1]                      # what only fills the batch goes last
-    return (order[:, :max(k)] + late).sort(dim=1).values % pos.shape[1]
-
-
-def beyond(lengths, device):
-    """Which places of a right-padded batch are padding: B lengths -> (B, longest) bool."""
-    return torch.arange(max(lengths), device=device) >= torch.tensor(lengths, device=device)[:, None]
+    B, n = scores.shape
+    k = per_row(k, B)
+    prompt_len = per_row(prompt_len, B)
+    # Only the protected are +inf. Not a number counts as -inf, and -inf stays.
+    s = scores.float()
+    s = s.nan_to_num(nan=-math.inf, neginf=-math.inf)
+    fixed = protected(pos, prompt_len, sink, local)
+    s = s.masked_fill(fixed, math.inf)
+    s = s.masked_fill(pos == PAD, -math.inf)
+    order = s.argsort(dim=1, descending=True, stable=True)
+    best = order[:, :max(k)]
+    # Sorted: in reading order causal attention stays causal. Fillers go last: + n, then % n.
+    filler = beyond(k, pos.device)
+    best = best + n * filler
+    return best.sort(dim=1).values % n
 
 
 def drop(x, pos, index):
     """Keep only the tokens at index (B, k): x (B, n, D) -> (B, k, D), pos (B, n) -> (B, k)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])), pos.gather(1, index)
+    features = index[:, :, None]
+    features = features.expand(-1, -1, x.shape[2])
+    return x.gather(1, features), pos.gather(1, index)
 
 
-class H2O(NamedTuple):
-    """Heavy-Hitter Oracle (arXiv 2306.14048; Table 6): every KV head of every block keeps only some of its keys and values.
+class Stage(NamedTuple):
+    """What one stage did."""
+    block: int                      # it came after this block
+    seen: torch.Tensor              # (B, n) positions before the drop
+    score: torch.Tensor             # (B, n) their scores
+    kept: torch.Tensor              # (B, k) positions after the drop
 
-    The prompt itself is read with whole caches, block by block, so the first new token is that of the uncompressed model.
-    """
-    share: float = 0.4              # of the tokens that have entered the block so far
-    heavy: float = 0.5              # the part of those chosen by attention received; the others are the latest (0: local only)
 
-
-def evict(block, x, rope, cache, h2o):
-    """Compress a block's cache: x (B, n, D) is what just entered the block, its keys are the newest n of the cache.
-
-    A key's weight is the attention it has received, summed over all queries so far and over the query heads of its KV
-    head. After a prompt and after every decoded token the heaviest and the latest keys stay. O(256 n) memory.
-    """
-    q, n, m = block.qkv(x, rope)[0], x.shape[1], cache.n
-    need(rope.window is None, "H2O is not supported together with a sliding window shorter than the prompt")
-    q = q.unflatten(1, (cache.k.shape[1], -1))                       # (B, G, H/G, n, d)
-    weight = torch.zeros(*cache.k.shape[:2], m, device=x.device)     # (B, G, m)
-    if cache.weight is not None:
-        weight[..., :m - n] = cache.weight
-    k = cache.k[:, :, None, :m].transpose(-1, -2)                    # (B, G, 1, d, m)
-    for i in range(0, n, 256):
-        last = torch.arange(m - n + i, m - n + min(n, i + 256), device=x.device)  # the newest key that each query sees
-        a = (q[..., i:i + 256, :] @ k).float() / math.sqrt(q.shape[-1])
-        weight += a.masked_fill(torch.arange(m, device=x.device) > last[:, None], -math.inf).softmax(-1).sum((2, 3))
-    cache.entered += n
-    budget = min(m, max(1, math.ceil(h2o.share * cache.entered - 1e-9)))
-    if h2o.share < 1:
-        latest = torch.arange(m, device=x.device) >= m - (budget - int(h2o.heavy * budget))
-        index = weight.masked_fill(latest, math.inf).topk(budget).indices.sort(-1).values        # (B, G, budget)
-        cache.keep(index)
-        weight = weight.gather(2, index)
-    cache.weight = weight
+def predictor_scorer(predictors):
+    """The paper's scorer; any function (stage from 0, x (B, n, D), pos (B, n)) -> (B, n) is one."""
+    def scorer(stage, x, pos):
+        logits = predictors[stage](x)
+        return score(logits)
+    return scorer
 
 
 @torch.no_grad()
-def prefill(model, tokens, schedule=None, scorer=None, room=0, h2o=None, lengths=None):
-    """Read the prompt, dropping tokens stage by stage; without a schedule nothing is dropped and it is the ordinary prefill.
+def prefill(model, tokens, schedule=None, scorer=None, room=0, cache=KVCache, lengths=None):
+    """Read the prompt, dropping tokens stage by stage: tokens (B, N) -> logits, caches, trace.
 
-    tokens (B, N). scorer(stage, x, pos) -> (B, n), see below. room: free places in every cache for tokens to come. With
-    an H2O, each cache is compressed once its block has read the prompt. lengths: B prompt lengths of rows padded on the
-    right; each row is pruned by its own counts, its padding stands last and at PAD, where causal attention never looks.
-    Returns the last position's logits (B, V), L caches (block l holds exactly the tokens that entered it) and the trace,
-    a list of Stage. Raises ValueError for an empty prompt or one beyond the model's positions.
+    schedule: where tokens are dropped; None: nowhere. scorer: see `predictor_scorer`. room: free
+    places in every cache, for tokens to come. cache: the kind of cache. lengths: B prompt lengths
+    of rows padded on the right; each is pruned by its own counts, and its padding stands at PAD.
+    -> the last token's logits (B, V); L caches of the tokens that entered each block; a Stage for
+    each stage. Raises ValueError for an empty or too long prompt, or stages without a scorer.
     """
     B, N = tokens.shape
-    L = len(model.blocks)
-    need(N > 0, "the prompt is empty")
-    need(not h2o or 0 < h2o.share <= 1 and 0 <= h2o.heavy <= 1, f"{h2o}: both are shares")
-    need(lengths is None or len(lengths) == B and min(lengths) > 0 and max(lengths) == N, f"lengths {lengths} for a batch of {B} rows of {N}")
-    lengths = None if lengths is None or min(lengths) == N else list(lengths)
-    need(not (lengths and h2o), "H2O reads rows of one length only")
-    counts = schedule.counts(N, L) if schedule else [N] * L          # of the longest row, which has the most at every block
-    after = schedule.after(L) if schedule else []
-    need(scorer or not after, "a schedule needs a scorer")
-    caches = [KVCache(block.c, B, n + room, tokens.device, model.dtype) for block, n in zip(model.blocks, counts)]
-    trace, left = [], lengths
-    pos = positions(tokens)
-    if lengths:
-        pos = pos.masked_fill(beyond(lengths, pos.device), PAD)
-        for cache in caches:
-            cache.padded = True
+    schedule = schedule or UNPRUNED
+    stages = schedule.after(len(model.blocks))
+    need(scorer or not stages, "a schedule needs a scorer")
+    lengths = per_row(lengths or N, B)
+    check_prompts(lengths, B, N)
+    left = lengths                                                  # tokens that each row has now
+    pos = positions(tokens, lengths)
     rope = model.rope(pos, N)
-    x = model.embed(tokens)                                          # (B, N, D)
+    x = model.embed(tokens)                                         # (B, N, D)
+    caches, trace = [], []
     for i, block in enumerate(model.blocks, start=1):
-        entered = x if h2o else None
-        x = block(x, rope, caches[i - 1])                            # (B, n, D)
-        if h2o:
-            evict(block, entered, rope, caches[i - 1], h2o)
-        if i in after:
-            scores = scorer(len(trace), x, pos)                      # (B, n)
-            if lengths:
-                left = [schedule.kept(n, len(trace) + 1) for n in lengths]
-            index = select(scores, pos, left or counts[i], lengths or N, schedule.sink, schedule.local)
-            seen = pos
-            x, pos = drop(x, pos, index)                             # (B, k, D): physically shorter from here on
-            if lengths:
-                pos = pos.masked_fill(beyond(left, pos.device), PAD)
-            rope = model.rope(pos, N)                                # original positions, never renumbered
-            trace.append(Stage(i, seen, scores, pos))
-    last = x[:, -1] if not lengths else x[range(B), [n - 1 for n in left]]                       # (B, D)
+        padded = min(left) < max(left)
+        capacity = max(left) + room
+        memory = cache(block.c, B, capacity, x.device, x.dtype, padded)
+        caches.append(memory)
+        x = block(x, rope, memory.attend)                           # (B, n, D)
+        if i in stages:
+            stage = len(trace)
+            scores = scorer(stage, x, pos)                          # (B, n)
+            left = [schedule.kept(m, stage + 1) for m in lengths]
+            index = select(scores, pos, left, lengths, schedule.sink, schedule.local)
+            x, kept = drop(x, pos, index)                           # (B, k, D): physically shorter
+            kept = kept.masked_fill(beyond(left, x.device), PAD)
+            trace.append(Stage(i, pos, scores, kept))
+            pos, rope = kept, model.rope(kept, N)                   # original positions
+    ends = [n - 1 for n in left]
+    last = x[range(B), ends]                                        # (B, D) always kept
     return model.logits(last), caches, trace
 
 
 @torch.no_grad()
-def extend(model, tokens, start, caches, h2o=None, end=None):
-    """Decode: tokens (B, n) at positions start, start + 1, ... on top of the caches, which grow. -> logits (B, n, V).
+def extend(model, tokens, start, caches, end=None):
+    """Decode: read n more tokens on the caches, ragged or not, which grow: (B, n) -> (B, n, V).
 
-    Positions go on at the prompt's original length, and each block attends to what its own cache holds. Under H2O one
-    token comes at a time, because every one may evict another. start: an int, or (B, 1) on the device for rows of
-    different length; then `end`, a position that none of them reaches, has to be given too.
+    start: where they begin, at first the prompt's original length: an int, or (B, 1) on the device
+    with `end`, an int past all of them.
     """
-    need(not h2o or tokens.shape[1] == 1, "H2O decodes one token at a time")
-    rope = model.rope(start + positions(tokens), start + tokens.shape[1] if end is None else end)
+    if end is None:
+        end = start + tokens.shape[1]
+    pos = start + positions(tokens)
+    rope = model.rope(pos, end)
     x = model.embed(tokens)
     for block, cache in zip(model.blocks, caches):
-        entered = x if h2o else None
-        x = block(x, rope, cache)
-        if h2o:
-            evict(block, entered, rope, cache, h2o)
+        x = block(x, rope, cache.attend)
     return model.logits(x)
 
 
 def nll(model, tokens, prompt_len, schedule=None, scorer=None):
-    """Negative log-likelihood of each response token after the (pruned) prompt: tokens (B, N) -> (B, N - prompt_len).
+    """Negative log-likelihood of each response token: tokens (B, N) -> (B, N - prompt_len).
 
     The prompt is pruned; the response is read on its caches in one pass, which equals decode.
     """
-    logits, caches, _ = prefill(model, tokens[:, :prompt_len], schedule, scorer, room=tokens.shape[1] - prompt_len)
-    rest = extend(model, tokens[:, prompt_len:-1], prompt_len, caches) if tokens.shape[1] - prompt_len > 1 else logits[:, None][:, :0]
-    logits = torch.cat((logits[:, None], rest), dim=1)
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none").view(len(tokens), -1)
-
-
-# -------------------------------------------------------------------------- scorers: (stage, x (B, n, D), pos (B, n)) -> (B, n)
-
-
-def predictor_scorer(predictors, prior=0.0):
-    """The paper's: the stage's trained module. A prior other than 0 is beyond it: to the score's rank, 0 to 1, prior * (1 - pos / N)
-    is added, because one hidden state hardly tells where in the prompt its token stands; above 0 early tokens are preferred."""
-    def scorer(stage, x, pos):
-        s = score(predictors[stage](x))
-        if not prior:
-            return s
-        real = pos < PAD            # padding takes the lowest ranks, below 0
-        rank = s.masked_fill(~real, -math.inf).argsort(dim=1, stable=True).argsort(1) - (~real).sum(1, keepdim=True)
-        return rank / real.sum(1, keepdim=True) + prior * (1 - pos / (pos.where(real, 0).amax(1, keepdim=True) + 1))  # the last token always survives
-    return scorer
-
-
-def random_scorer(seed=0):
-    """Any tokens: the floor."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda stage, x, pos: torch.rand(pos.shape, generator=generator).to(x.device)
-
-
-def recent_scorer():
-    """Keep the latest tokens."""
-    return lambda stage, x, pos: pos.float()
-
-
-def earliest_scorer():
-    """Keep the first tokens."""
-    return lambda stage, x, pos: -pos.float()
-
-
-def norm_scorer():
-    """Keep the tokens of the largest hidden state."""
-    return lambda stage, x, pos: x.float().norm(dim=-1)
-
-
-def attention_scorer(model, schedule, last=None):
-    """Attention that a token would receive in the block after the stage, summed over heads and (the `last`) queries."""
-    def scorer(stage, x, pos):
-        need(last is None or not (pos == PAD).any(), "the last queries of padded rows are not at the end: use prompts of one length")
-        block = model.blocks[schedule.after(len(model.blocks))[stage]]  # block b_s + 1: numbers count from 1, the list from 0
-        need(block.c.n_heads == model.config.n_heads, "attention is not summed over the heads of other processes: leave out --tp or the attention scorers")
-        q, k, _ = block.qkv(x, model.rope(pos, 0))
-        n, heads = pos.shape[1], q.shape[1]
-        k = k.repeat_interleave(heads // k.shape[1], 1)
-        received = torch.zeros(pos.shape, device=x.device)
-        for i in range(0 if last is None else max(0, n - last), n, 256):  # 256 queries at a time: (B, H, 256, n)
-            a = (q[:, :, i:i + 256] @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-            a = a.masked_fill(~visible(pos[:, i:i + 256], pos, model.config.window), -math.inf)
-            received += (a.softmax(-1) * (pos[:, None, i:i + 256, None] < PAD)).sum((1, 2))      # padding attends, but does not count
-        return received
-    return scorer
-
-
-def oracle_scorer(saliency):
-    """The gradient saliency itself, (S, B, N): it needs the answer, so it is a ceiling and no method."""
-    return lambda stage, x, pos: saliency[stage].gather(1, pos)
-
-
-SCORERS = ("predictor", "prior", "random", "recent", "earliest", "norm", "attention", "attention16")
-
-
-def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
-    """A scorer by its name on a command line ("prior": the predictors with their calibrated prior); the oracle is made by the caller."""
-    need(name in SCORERS, f"unknown scorer {name!r}; there are {', '.join(SCORERS)}")
-    if name in ("predictor", "prior"):
-        need(predictors is not None, "no trained predictors for this checkpoint: run train.py, or name a file with --predictors, or use --scorer")
-        return predictor_scorer(predictors, prior if name == "prior" else 0.0)
-    if name.startswith("attention"):
-        return attention_scorer(model, schedule, 16 if name == "attention16" else None)
-    return {"random": lambda: random_scorer(seed), "recent": recent_scorer, "earliest": earliest_scorer, "norm": norm_scorer}[name]()
-
-
-# ---------------------------------------------------------------------------------------------------------- accounting
+    prompt = tokens[:, :prompt_len]
+    response = tokens[:, prompt_len:]
+    R = response.shape[1]
+    logits, caches, _ = prefill(model, prompt, schedule, scorer, room=R)
+    logits = logits[:, None]                                        # (B, 1, V)
+    if R > 1:
+        more = extend(model, response[:, :-1], prompt_len, caches)
+        logits = torch.cat((logits, more), dim=1)
+    logits = logits.flatten(0, 1)
+    losses = F.cross_entropy(logits, response.flatten(), reduction="none")
+    return losses.view(response.shape)
 
 
 def flops(config, counts, accounting="exact", schedule=None):
-    """FLOPs of a prefill in which counts[l] tokens enter block l (2 per multiply-add).
+    """FLOPs of a prefill in which counts[l] tokens enter block l; a multiply-add is 2.
 
-    exact: the projections as they are (grouped-query), causal pairs only, the head on the last token; with a `schedule`
-    also its predictors. A sliding window's saving is not counted. paper: Table 2's own accounting, found by fitting its
-    baselines: heads not grouped, embedding and head for every token, 3 D FLOPs per token pair and block.
+    exact: grouped projections, causal pairs only, the head on the last token; with a `schedule`
+    also its predictors. What a sliding window saves is not counted. paper: Table 2's accounting,
+    found by fitting its baselines: nothing grouped, embedding and head for every token, 3 D FLOPs
+    for each pair of tokens and block.
     """
-    D, W, V = config.dim, config.ffn, config.vocab
+    D, V = config.dim, config.vocab
+    W = config.ffn                                                  # the paper's F
     if accounting == "paper":
-        return sum(2 * (4 * D * D + 3 * D * W) * n + 3 * D * n * n for n in counts) + 4 * V * D * counts[0]
+        total = 4 * V * D * counts[0]                               # embedding and head
+        weights = 4 * D * D + 3 * D * W
+        for n in counts:
+            total += 2 * weights * n
+            total += 3 * D * n * n
+        return total
     need(accounting == "exact", f"accounting is {accounting!r}, expected exact or paper")
-    qo, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    total = 2 * D * V
+    q = config.n_heads * config.head_dim
+    kv = config.n_kv_heads * config.head_dim
+    total = 2 * D * V                                               # the head
+    weights = D * (2 * q + 2 * kv + 3 * W)                          # q, o, k, v; gate, up, down
     for n in counts:
-        total += 2 * n * D * (2 * qo + 2 * kv + 3 * W)               # q, k, v, o, gate, up, down
-        total += 4 * qo * (n * (n + 1) // 2)                         # q k^T and the weighted sum of v
-    if schedule:
-        total += sum(2 * counts[b - 1] * hidden_size(D) * (D + 2) for b in schedule.after(len(counts)))
+        pairs = n * (n + 1) // 2
+        total += 2 * n * weights
+        total += 4 * q * pairs                                      # q k^T, weighted sum of v
+    stages = schedule.after(len(counts)) if schedule else []
+    for b in stages:
+        total += 2 * counts[b - 1] * predictor_width(D) * (D + 2)
     return total
 
 
 def kv_bytes(config, counts, bytes_per_value=2):
     """Bytes of all KV caches after a prefill."""
-    return sum(counts) * 2 * config.n_kv_heads * config.head_dim * bytes_per_value
+    values = 2 * config.n_kv_heads * config.head_dim
+    return sum(counts) * values * bytes_per_value
 
 
-def add_schedule_arguments(parser):
-    """The schedule's options."""
-    for name, kind, text in (("first", int, "the first stage stands after this block"), ("step", int, "blocks between stages"),
-                             ("stages", int, "number of stages"), ("keep", float, "stage s keeps keep^s of the prompt"),
-                             ("sink", int, "first tokens always kept"), ("local", float, "share of last tokens always kept")):
-        parser.add_argument(f"--{name}", type=kind, help=text + f" (paper, 32 blocks: {getattr(Schedule(), name)})")
-    parser.add_argument("--shares", type=float, nargs="+", help="beyond the paper: the share that each stage keeps, instead of --keep")
-
-
-def schedule_from(args, blocks, made=None):
-    """A Schedule from the options given, then the predictors' own (a dict), else the paper's scaled to this depth."""
-    given = {k: v for k in Schedule.__dataclass_fields__ if (v := getattr(args, k, None)) is not None}
-    if {"keep", "stages"} & set(given):
-        given.setdefault("shares", ())
-    return Schedule(**{**(made or asdict(Schedule.scaled(blocks))), **given})
+def flops_row(config, schedule, n):
+    """Table 2's arithmetic for a prompt of n tokens; each list is [unpruned, SDTP]."""
+    row = {"n": n, "exact": [], "paper": [], "kv_bytes": []}
+    for used in (UNPRUNED, schedule):
+        counts = used.counts(n, config.n_blocks)
+        row["exact"].append(flops(config, counts, schedule=used))
+        row["paper"].append(flops(config, counts, "paper"))
+        row["kv_bytes"].append(kv_bytes(config, counts))
+        row["counts"] = counts                                      # SDTP's stay
+    return row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)}, or a checkpoint directory (only its config.json is read)")
-    parser.add_argument("--lengths", type=at_least(1), nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072], help="prompt lengths")
-    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
-    add_schedule_arguments(parser)
-    args = parser.parse_args()
-    config = SHAPES[args.shape] if args.shape in SHAPES else Config.from_json(find(args.shape) / "config.json")
+    args = prune_parser(__doc__, PUBLISHED).parse_args()
+    config = Config(**shape_of(args.shape))
     L = config.n_blocks
-    schedule = schedule_from(args, L)
+    schedule = replace(Schedule.scaled(L), **schedule_options(args))
+    rows = [flops_row(config, schedule, n) for n in args.lengths]
+    print_flops(args.shape, schedule, L, rows)
     stages = len(schedule.after(L))
-    print(f"{args.shape}: {stages} stages after blocks {schedule.after(L)}, keep {schedule.keep}: {1 - schedule.share(stages):.0%} of the prompt dropped by the last")
-    print(f"tokens per block at N = {args.lengths[0]}: {schedule.counts(args.lengths[0], L)}")
-    print("\n        TFLOPs, exact (causal, GQA, module)       TFLOPs, the paper's accounting            KV cache, 2 bytes\n"
-          "      N     full     SDTP   saved   ideal          full     SDTP   saved                   full GB   SDTP GB")
-    rows = []
-    for n in args.lengths:
-        counts = schedule.counts(n, L)
-        row = {"n": n, "counts": counts}
-        for accounting in ("exact", "paper"):
-            row[accounting] = [flops(config, [n] * L, accounting), flops(config, counts, accounting, schedule)]
-        row["kv_bytes"] = [kv_bytes(config, [n] * L), kv_bytes(config, counts)]
-        (full, sdtp), (pfull, psdtp) = row["exact"], row["paper"]
-        print(f"{n:7d} {full / 1e12:8.2f} {sdtp / 1e12:8.2f} {1 - sdtp / full:7.1%} {full / sdtp:6.2f}x      {pfull / 1e12:8.2f} {psdtp / 1e12:8.2f} {1 - psdtp / pfull:7.1%}"
-              f"              {row['kv_bytes'][0] / 1e9:10.2f} {row['kv_bytes'][1] / 1e9:9.2f}")
-        rows.append(row)
-    if args.json:
-        print(json.dumps({"command": "python " + " ".join(sys.argv), "shape": args.shape, "pruned": 1 - schedule.share(stages), "rows": rows}))
+    pruned = 1 - schedule.share(stages)
+    print_json(args, None, {"pruned": pruned, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,71 +1,112 @@
 #!/usr/bin/env bash
-# Every measured table of the README from nothing: bash results/make.sh DATA, where DATA is a folder with the data sets' JSONL files.
-# A result that is there already is not measured again; a command that was stopped goes on where it was.
-# RESULTS=FOLDER bash results/make.sh DATA measures everything anew into another folder, to compare.
+# Every measured table of README.md and docs/results.md, from nothing:
+#
+#     bash results/make.sh DATA [NAME ...]
+#
+# DATA is a folder with the data sets' JSONL files; with NAMEs only those results are made.
+# A result that is there already is not measured again; a command that was stopped goes on where
+# it was. RESULTS=FOLDER measures into another folder, to compare.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: bash results/make.sh DATA [NAME ...]}
 shift
 only=" $* "
 results=${RESULTS:-results}
+mkdir -p out "$results"
 
-make() {    # make NAME COMMAND...: the JSON object on the command's last line becomes $results/NAME.json
+wanted() {  # wanted FILE NAME: is the file missing, and the name asked for?
+    [[ ! -e $1 && ($only == "  " || $only == *" $2 "*) ]]
+}
+
+make() {    # make NAME COMMAND...: the JSON on the command's last line becomes $results/NAME.json
     local name=$1
     shift
-    if [[ -e $results/$name.json || ($only != "  " && $only != *" $name "*) ]]; then return; fi
+    wanted "$results/$name.json" "$name" || return 0
     echo "== $name: $*"
     "$@" --json | tee "out/$name.log"
     tail -n 1 "out/$name.log" | python -m json.tool --indent 1 > "out/$name.json"
     mv "out/$name.json" "$results/$name.json"
 }
-picture() { # picture NAME VIEW HEIGHT COMMAND...: the page that the command writes, drawn at #VIEW (stage.token) to $results/NAME.png; needs Chromium
+
+picture() { # picture NAME STAGE.TOKEN HEIGHT COMMAND...: the command's page there; needs Chromium
     local name=$1 view=$2 height=$3
     shift 3
-    if [[ -e $results/$name.png || ($only != "  " && $only != *" $name "*) ]]; then return; fi
-    "$@" --html "out/$name.html" && python pictures.py "out/$name.html#$view" "$results/$name.png" --size 1150 "$height"
+    wanted "$results/$name.png" "$name" || return 0
+    "$@" --html "out/$name.html"
+    python -m lab.figures "out/$name.html#$view" "$results/$name.png" --size 1150 "$height"
 }
-mkdir -p out "$results"
+
 real="--ckpt smollm2 --dtype bfloat16"
 dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
+quality="python -m lab.quality"
+ablations="python -m lab.ablations $real $dolly"
+speed="python -m lab.speed --ckpt smollm2 --lengths"
 
+# The toy, and the training of SmolLM2's predictors
 make toy_exact python checkpoints/toy.py --eval 500
-make smollm2_training python train.py $real $dolly --cls 0 --mse 0 --pairs saliency --states marked --hold --epochs 2 --report-every 200 --calibrate 96 --out out/smollm2
-make smollm2_figure2 python saliency.py --figure 2 --ckpt smollm2 $dolly --limit 24 --png "$results/smollm2_figure2.png"
-make smollm2_nll python eval.py $real $dolly --limit 120
-make smollm2_text python eval.py $real --task text --data $data/wikitext2_valid.jsonl --max-prompt 256 --max-response 64 --limit 40
+make smollm2_training python train.py $real $dolly \
+    --cls 0 --mse 0 --pairs saliency --states marked --hold --epochs 2 --report-every 200 \
+    --calibrate 96 --out out/smollm2
+make smollm2_figure2 python saliency.py --figure 2 --ckpt smollm2 $dolly --limit 24 \
+    --png "$results/smollm2_figure2.png"
+
+# Likelihood and accuracy of every scorer
+make smollm2_nll $quality $real $dolly --limit 120
+make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
+    --max-prompt 256 --max-response 64 --limit 40
+scorers="--scorers full predictor prior random recent attention"
 for task in copa piqa winogrande boolq; do
     for shots in 0 5; do
         limit=100 model=$real
-        [[ $task == boolq ]] && model="--ckpt smollm2"               # yes and no differ by less than bfloat16 tells
+        # yes and no differ by less than bfloat16 tells
+        [[ $task == boolq ]] && model="--ckpt smollm2"
         [[ $task$shots == boolq5 ]] && limit=40
-        make smollm2_${task}_$shots python eval.py $model --task $task --data $data/$task.jsonl --shots $shots --limit $limit --scorers full predictor prior random recent attention
+        make smollm2_${task}_$shots $quality $model --task $task --data $data/$task.jsonl \
+            --shots $shots --limit $limit $scorers
     done
 done
-make smollm2_lambada python eval.py $real --task lambada --data $data/lambada.jsonl --limit 120 --scorers full predictor prior random recent attention
-long="--task long --max-prompt 2048 --min-prompt 1024 --scorers full predictor predictor@5 compress random recent"
-make smollm2_multi_news python eval.py $real $long --rouge --data $data/multi_news.jsonl --limit 10
-make smollm2_qmsum python eval.py $real $long --rouge --data $data/qmsum.jsonl --limit 10
-make smollm2_dolly_f1 python eval.py $real --task long --data $data/dolly.jsonl --min-prompt 128 --max-prompt 448 --limit 40 --scorers full predictor predictor@5 compress random recent
-for task in copa piqa; do
-    make smollm2_h2o_$task python eval.py $real --task $task --data $data/$task.jsonl --shots 5 --limit 40 --scorers full full+h2o full+local predictor predictor+h2o
+make smollm2_lambada $quality $real --task lambada --data $data/lambada.jsonl --limit 120 $scorers
+
+# Long prompts, and H2O
+scorers="--scorers full predictor predictor@5 compress random recent"
+for task in multi_news qmsum; do
+    make smollm2_$task $quality $real --task long --max-prompt 2048 --min-prompt 1024 $scorers \
+        --rouge --data $data/$task.jsonl --limit 10
 done
-make smollm2_h2o_nll python eval.py $real $dolly --limit 24 --scorers full full+h2o full+local predictor predictor+h2o random
-study="python study.py $real $dolly"
-make smollm2_losses $study --table losses --rows 100 --epochs 1 --limit 32
-make smollm2_targets $study --table targets --rows 300 --limit 40
-make smollm2_open $study --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
-make smollm2_tradeoff $study --table tradeoff --limit 120
-make smollm2_figures $study --table figures --rows 100 --limit 16 --png "$results/smollm2"
-speed="python infer.py --ckpt smollm2 --bench"
+make smollm2_dolly_f1 $quality $real --task long --data $data/dolly.jsonl \
+    --min-prompt 128 --max-prompt 448 --limit 40 $scorers
+scorers="--scorers full full+h2o full+local predictor predictor+h2o"
+for task in copa piqa; do
+    make smollm2_h2o_$task $quality $real --task $task --data $data/$task.jsonl --shots 5 \
+        --limit 40 $scorers
+done
+make smollm2_h2o_nll $quality $real $dolly --limit 24 $scorers random
+
+# Ablations
+make smollm2_losses $ablations --table losses --rows 100 --epochs 1 --limit 32
+make smollm2_targets $ablations --table targets --rows 300 --limit 40
+make smollm2_open $ablations --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
+make smollm2_tradeoff $ablations --table tradeoff --limit 120
+make smollm2_figures $ablations --table figures --rows 100 --limit 16 --png "$results/smollm2"
+
+# Speed
 make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
-make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 --png "$results/smollm2_cost_cpu.png"
+make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 \
+    --png "$results/smollm2_cost_cpu.png"
+
+# Pages of survivors
 text="How was the Antikythera mechanism found, and what did it do?
 
-In 1900 a crew of sponge divers from the island of Symi waited out a storm near Antikythera, a small island between Crete and the Greek mainland. When the sea was calm \
-again, one of them dived for sponges and came back with the arm of a bronze statue: on the sea floor lay the wreck of a Roman merchant ship. The navy helped to raise what \
-could be raised, jars, glass, coins, statues, and a corroded lump of bronze and wood that nobody looked at twice. Two years later, in the museum in Athens, an archaeologist \
-noticed a gear wheel in it. Decades passed before X-rays showed some thirty gears inside. Turned by hand, they moved pointers that gave the positions of the sun and the moon, \
-foretold eclipses, and counted the years between the games at Olympia. Nothing of comparable complexity is known from the next thousand years."
+In 1900 a crew of sponge divers from the island of Symi waited out a storm near Antikythera, a \
+small island between Crete and the Greek mainland. When the sea was calm again, one of them \
+dived for sponges and came back with the arm of a bronze statue: on the sea floor lay the wreck \
+of a Roman merchant ship. The navy helped to raise what could be raised, jars, glass, coins, \
+statues, and a corroded lump of bronze and wood that nobody looked at twice. Two years later, in \
+the museum in Athens, an archaeologist noticed a gear wheel in it. Decades passed before X-rays \
+showed some thirty gears inside. Turned by hand, they moved pointers that gave the positions of \
+the sun and the moon, foretold eclipses, and counted the years between the games at Olympia. \
+Nothing of comparable complexity is known from the next thousand years."
 picture toy_survivors 10.195 835 python infer.py
-picture smollm2_survivors 9.142 580 python infer.py --ckpt smollm2 --template chatml --prompt "$text"
-if [[ $results == results ]]; then python report.py --figures; fi
+picture smollm2_survivors 9.142 580 \
+    python infer.py --ckpt smollm2 --template chatml --prompt "$text"
+if [[ $results == results ]]; then python -m lab.tables --figures; fi

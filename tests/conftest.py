@@ -1,44 +1,40 @@
-"""A tiny random Llama for every test file, and the import path."""
+"""What tests share: a tiny random Llama, predictors and rows for it, and ways to run a command."""
+import importlib
+import importlib.util
 import os
+import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                        # before torch, and for commands: on tensors this small a second thread only waits
+# Before torch, and for commands: on tensors this small a second thread only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "checkpoints")]
 
-from model import Config, Llama  # noqa: E402
+from model import Config, Llama, load  # noqa: E402
+from predictor import Predictor  # noqa: E402
+from prune import Schedule  # noqa: E402
+from support.data import Batch, Example  # noqa: E402
+from support.options import cli  # noqa: E402
+
+TOY = ROOT / "checkpoints" / "toy"
+SMOLLM2 = ROOT / "checkpoints" / "smollm2"
+SCHEDULE = Schedule(1, 1, 4, 0.8)   # a stage after each of the tiny model's first four blocks
 
 
-def pytest_addoption(parser):
-    group = parser.getgroup("exercises")
-    group.addoption("--impl", default="reference", help="whose answers tests/test_exercises.py checks: reference (default), student (tests/exercises.py), or a file")
-    group.addoption("--seed", type=int, default=0, help="draws the cases of tests/test_exercises.py; another number, other cases")
-    group.addoption("--puzzles", action="store_true", help="score the open puzzles of tests/exercises.py too")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """The student's result: n/8, a line for each exercise, and the puzzles' scores."""
-    done = [(key, value, r.passed) for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"
-            for key, value in r.user_properties]
-    exercises = [passed for key, _, passed in done if key == "exercise"]
-    if exercises and config.getoption("--impl") != "reference":
-        terminalreporter.section("exercises")
-        for line in sorted(value for key, value, _ in done if key == "exercise"):
-            terminalreporter.line(line)
-        terminalreporter.line(f"{sum(exercises)}/{len(exercises)}")
-    for key, value, _ in done:
-        if key == "puzzle":
-            terminalreporter.line(value)
+# --------------------------------------------------------------------------------- the tiny model
 
 
 def tiny_model(seed=0, **changes):
     """Six blocks, grouped-query, weights large enough that attention is far from uniform."""
-    shape = dict(dim=48, n_blocks=6, n_heads=4, n_kv_heads=2, head_dim=12, ffn=96, vocab=90, max_positions=512)
+    shape = dict(dim=48, n_blocks=6, n_heads=4, n_kv_heads=2, head_dim=12, ffn=96, vocab=90,
+                 max_positions=512)
     model = Llama(Config(**{**shape, **changes}))
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -56,3 +52,131 @@ def tiny():
 def tokens():
     """Two rows of 60 tokens; tests take the first 48 as the prompt."""
     return torch.randint(0, 90, (2, 60), generator=torch.Generator().manual_seed(1))
+
+
+def fresh_predictors(seed=0):
+    """Predictors of the tiny model to train, one for each stage of SCHEDULE."""
+    torch.manual_seed(seed)
+    return nn.ModuleList(Predictor(48) for _ in range(SCHEDULE.stages))
+
+
+def predictors_for(model, seed=3):
+    """Frozen predictors of a model, one for each stage of SCHEDULE."""
+    torch.manual_seed(seed)
+    modules = [Predictor(model.config.dim) for _ in range(SCHEDULE.stages)]
+    return nn.ModuleList(modules).requires_grad_(False)
+
+
+def random_rows(n, length=40, prompt_len=30):
+    """n Examples of the tiny model's tokens."""
+    generator = torch.Generator().manual_seed(4)
+    return [Example(torch.randint(0, 90, (length,), generator=generator), prompt_len)
+            for _ in range(n)]
+
+
+def batch_of(tokens, prompt_len):
+    """Tokens (B, N) whose rows all have prompts of prompt_len -> a Batch without padding."""
+    B, N = tokens.shape
+    return Batch(tokens, [prompt_len] * B, [N] * B)
+
+
+def close(a, b, atol):
+    """Whether two tensors of one shape differ nowhere by more than atol."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol)
+
+
+def load_cpu(path):
+    return load(path, device="cpu", dtype=torch.float32)
+
+
+# ------------------------------------------------------------------ a real model, where it is there
+
+
+def needs(package):
+    missing = not importlib.util.find_spec(package)
+    return pytest.mark.skipif(missing, reason=f"pip install {package}")
+
+
+real_weights = pytest.mark.skipif(
+    not (SMOLLM2 / "model.safetensors").is_file(),
+    reason="no checkpoints/smollm2/model.safetensors: run python checkpoints/smollm2.py")
+
+ENGLISH = """\
+The lighthouse keeper had lived on the rock for thirty-one years before the company wrote to say \
+that the lamp would be
+made automatic. He read the letter twice, folded it, and put it in the tin where he kept his \
+wife's photographs. On the 14th of March,
+1987, a boat came with two engineers and a crate. They were polite young men. They drank his tea, \
+asked about the weather, and in four
+hours they had replaced everything that he had done each night with a grey box the size of a loaf \
+of bread.
+
+"What happens when it breaks?" he asked.
+
+"Then it calls us," said the older of the two, "and we come out." The keeper looked at the sea, \
+which was rising, and at the small
+boat, and said nothing. That winter the light failed three times. Each time it called, and each \
+time nobody could come."""
+
+
+# ---------------------------------------------------------------------------------- our commands
+
+
+def command(*words, **options):
+    """Run one of our commands as a user would -> exit code, stdout, stderr.
+
+    options are those of subprocess.run: cwd and timeout too, where a test needs its own.
+    """
+    options = {"cwd": ROOT, "timeout": 300, **options}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                          **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def leaves(monkeypatch):
+    """leaves(script, *words) -> what a command exits with, run in this process as its last line."""
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        with pytest.raises(SystemExit) as ended:
+            cli(module.main)
+        return ended.value.code
+    return run
+
+
+# ---------------------------------------------------------------------------------- the exercises
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("exercises")
+    group.addoption("--impl", default="reference",
+                    help="whose answers tests/test_exercises.py checks: reference (default), "
+                         "student (tests/exercises.py), or a file")
+    group.addoption("--seed", type=int, default=0,
+                    help="draws the cases of tests/test_exercises.py; another number, other cases")
+    group.addoption("--puzzles", action="store_true",
+                    help="score the open puzzles of tests/exercises.py too")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """A student's result: a line for each exercise, how many are right, the puzzles' scores."""
+    exercises = recorded(terminalreporter, "exercise")
+    if exercises and config.getoption("--impl") != "reference":
+        terminalreporter.section("exercises")
+        for line, _ in sorted(exercises):
+            terminalreporter.line(line)
+        right = sum(passed for _, passed in exercises)
+        terminalreporter.line(f"{right}/{len(exercises)}")
+    for line, _ in recorded(terminalreporter, "puzzle"):
+        terminalreporter.line(line)
+
+
+def recorded(terminalreporter, name):
+    """What tests recorded under a name: [(value, whether the test passed)]."""
+    found = []
+    for report in chain(*terminalreporter.stats.values()):
+        properties = dict(getattr(report, "user_properties", ()))
+        if name in properties and report.when == "call":
+            found.append((properties[name], report.passed))
+    return found

@@ -1,4 +1,5 @@
-"""What long use and sudden death leave behind: runs killed at random moments, and two hundred prompts in one process."""
+"""What long use and sudden death leave behind: killed runs, and 200 prompts in one process."""
+import argparse
 import gc
 import json
 import random
@@ -12,18 +13,33 @@ import pytest
 import torch
 
 import infer
-from common import read_rows
 from conftest import ROOT
-from model import Tokenizer
-from predictor import load_tensors
+from lab.scorers import make_scorer
+from model import KVCache, Tokenizer
+from support.caches import h2o
+from support.data import read_rows
+from support.files import load_tensors
+from support.options import add_pruning_arguments
+from support.saved import load_pruning
+
+STATUS = Path("/proc/self/status")
+
+
+# --------------------------------------------------------------------------------------- kill -9
 
 
 def killed(words, pattern, least, after):
-    """Start a command, kill it (no signal handler runs) `after` seconds behind the moment when it prints the pattern with a number >= least."""
-    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Start a command and kill it; no signal handler runs.
+
+    The kill comes `after` seconds behind the moment when it prints a number >= least in place of
+    the group of the pattern.
+    """
+    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen = ""
     while not any(int(number) >= least for number in re.findall(pattern, seen)):
-        seen += (more := running.stdout.read(1))
+        more = running.stdout.read(1)
+        seen += more
         assert more, seen
     time.sleep(after)
     running.kill()
@@ -31,36 +47,57 @@ def killed(words, pattern, least, after):
 
 
 def finished(words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    """What a command prints that runs to its end."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def assert_same_file(a, b):
+    """That two safetensors files hold the same tensors and the same log."""
+    (tensors, metadata), (others, notes) = load_tensors(a), load_tensors(b)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    assert json.loads(metadata.get("log", "0")) == json.loads(notes.get("log", "0"))
+
+
 def test_five_kills_change_nothing_in_training(tmp_path):
-    words = ["train.py", "--steps", 18, "--accum", 1, "--states", "marked", "--cls", 0, "--report-rows", 0, "--save-every", 0, "--limit", 5, "--seed", 3]
-    finished([*words, "--out", tmp_path / "whole"])
-    moments, step = random.Random(0), 0
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    names = ("predictors.safetensors", "train_state.safetensors")
+    words = ["train.py", "--steps", 18, "--accum", 1, "--states", "marked", "--cls", 0,
+             "--report-rows", 0, "--save-every", 0, "--limit", 5, "--seed", 3]
+    resumed = [*words, "--out", broken, "--resume"]
+    finished([*words, "--out", whole])
+    moments = random.Random(0)
+    step = 0
     for _ in range(5):
         step += moments.randint(1, 3)
-        killed([*words, "--out", tmp_path / "broken", "--resume"], r"step (\d+)/18", step, moments.uniform(0, 0.2))
-        load_tensors(tmp_path / "broken" / "predictors.safetensors")                             # whole, whenever the kill came
-        load_tensors(tmp_path / "broken" / "train_state.safetensors")
-    assert "going on after step" in finished([*words, "--out", tmp_path / "broken", "--resume"])
-    for name in ("predictors", "train_state"):
-        (a, x), (b, y) = (load_tensors(tmp_path / run / f"{name}.safetensors") for run in ("whole", "broken"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        assert json.loads(x.get("log", "0")) == json.loads(y.get("log", "0"))
-    assert not list((tmp_path / "broken").glob(".*"))                # nor is anything left lying about
+        killed(resumed, r"step (\d+)/18", step, moments.uniform(0, 0.2))
+        for name in names:          # whole, whenever the kill came
+            load_tensors(broken / name)
+    assert "going on after step" in finished(resumed)
+    for name in names:
+        assert_same_file(whole / name, broken / name)
+    assert not list(broken.glob(".*")), "something is left lying about"
 
 
 def test_a_killed_evaluation_goes_on_row_by_row(tmp_path):
-    words = ["eval.py", "--scorers", "full", "predictor", "random", "--limit", 12, "--json"]
-    killed([*words, "--rows-file", tmp_path / "rows"], r"(\d+)/12 rows", 4, 0.05)
-    with (tmp_path / "rows").open("a") as f:
-        f.write('{"row": 5, "full": {"answ')                         # as if the kill had come in the middle of a line
-    out = finished([*words, "--rows-file", tmp_path / "rows"])
-    assert "rows are in" in out and json.loads(out.splitlines()[-1])["rows"] == json.loads(finished([*words, "--rows-file", tmp_path / "again"]).splitlines()[-1])["rows"]
+    words = ["-m", "lab.quality", "--scorers", "full", "predictor", "random", "--limit", 12,
+             "--json"]
+    broken = [*words, "--rows-file", tmp_path / "rows"]
+    killed(broken, r"(\d+)/12 rows", 4, 0.05)
+    with (tmp_path / "rows").open("a") as f:    # as if the kill had come in the middle of a line
+        f.write('{"row": 5, "full": {"answ')
+    out = finished(broken)
+    whole = finished([*words, "--rows-file", tmp_path / "again"])
+    assert "rows are in" in out
+    found, expected = (json.loads(text.splitlines()[-1])["rows"] for text in (out, whole))
+    assert found == expected
 
+
+# ---------------------------------------------------------------------------------------- the soak
 
 SOAK = """
 import sys, json
@@ -71,33 +108,54 @@ print(json.dumps([said(*toy(), n) for n in map(int, sys.argv[1:])]))
 
 
 def toy():
-    args = infer.argparse.Namespace(**dict.fromkeys(("tp", "predictors", "dtype", "first", "step", "stages", "keep", "sink", "local")), ckpt="toy", device="cpu")
-    model, schedule, predictors, _ = infer.load_pruning(args)
-    text = "\n".join(row["instruction"] for row in read_rows(ROOT / "checkpoints" / "toy" / "train.jsonl", "heldout")[:8])
-    return model, schedule, infer.make_scorer("predictor", model, schedule, predictors), Tokenizer("toy").encode(text)
+    """-> the toy, its schedule, its scorer, and a long text as token ids."""
+    parser = argparse.ArgumentParser()
+    add_pruning_arguments(parser)
+    model, schedule, predictors, _ = load_pruning(parser.parse_args(["--device", "cpu"]))
+    scorer = make_scorer("predictor", model, schedule, predictors)
+    rows = read_rows(ROOT / "checkpoints" / "toy" / "train.jsonl", "heldout")
+    text = "\n".join(row["instruction"] for row in rows[:8])
+    return model, schedule, scorer, Tokenizer("toy").encode(text)
 
 
 def said(model, schedule, scorer, ids, number):
-    """The answer to prompt `number`, whose length lies between 6 and 900 tokens, and what lived to the last stage."""
+    """The answer to prompt `number`, of 6 to 919 tokens, what lived to the last stage, bytes."""
     draw = random.Random(number)
     n = draw.choice((6, 30, 100, 400, 900)) + draw.randrange(20)
-    at = draw.randrange(len(ids) - n)
-    run = infer.generate(model, torch.tensor([ids[at:at + n]]), 5, schedule, scorer, h2o=0.4 if number % 10 == 9 else None, eos=())
+    start = draw.randrange(len(ids) - n)
+    tokens = torch.tensor([ids[start:start + n]])
+    cache = h2o(0.4) if number % 10 == 9 else KVCache
+    run = infer.generate(model, tokens, 5, schedule, scorer, cache=cache, eos=())
     return [run.tokens, run.trace[-1].kept[0].tolist(), run.kv_bytes]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def resident_megabytes():
+    words = STATUS.read_text().split("VmRSS:")[1].split()
+    return int(words[0]) / 1024
+
+
+def tensor_bytes():
+    """The bytes of all tensors that are alive."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="memory is read from /proc")
 def test_two_hundred_prompts_in_one_process():
-    loaded, resident, held, found = toy(), [], [], []
+    loaded = toy()
+    resident, held, found = [], [], []
     for number in range(200):
         found.append(said(*loaded, number))
         if number % 50 == 49:
-            resident.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024)
-            held.append(sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor))
-    assert held[1] == held[2] == held[3], f"bytes of the tensors alive after 50, 100, 150 and 200 prompts: {held}"
-    # the caches of a hundred prompts would be 120 MB; the allocator, after hundreds of other tests, moves in steps of some 20 MB
+            resident.append(resident_megabytes())
+            held.append(tensor_bytes())
+    assert held[1] == held[2] == held[3], \
+        f"bytes of the tensors alive after 50, 100, 150 and 200 prompts: {held}"
+    # The caches of a hundred prompts would be 120 MB; the allocator, after hundreds of other
+    # tests, moves in steps of some 20 MB.
     assert resident[3] - resident[1] < 40, f"resident megabytes: {resident}"
     assert [said(*loaded, number) for number in range(0, 200, 17)] == found[::17]
     some = (199, 0, 57, 119)
-    fresh = subprocess.run([sys.executable, "-c", SOAK, *map(str, some)], cwd=ROOT, capture_output=True, text=True)
+    fresh = subprocess.run([sys.executable, "-c", SOAK, *map(str, some)], cwd=ROOT,
+                           capture_output=True, text=True)
     assert json.loads(fresh.stdout) == [found[number] for number in some], fresh.stderr

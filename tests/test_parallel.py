@@ -1,6 +1,7 @@
-"""Two processes on the CPU (gloo) against one: data parallel, FSDP2, tensor parallel; and the arithmetic of a plan.
+"""Two processes on the CPU (gloo) against one: data parallel, FSDP2, tensor parallel.
 
-Run by pytest it starts the real commands under torchrun; started by torchrun itself it is one of two processes (`worker`).
+Run by pytest it starts the real commands under torchrun; started by torchrun itself it is one of
+two processes (`worker`).
 """
 import json
 import signal
@@ -10,169 +11,288 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from conftest import ROOT, tiny_model  # first: it sets the import path for the worker too
-import parallel
-from model import SHAPES, Llama, load
-from predictor import load_tensors
-from prune import Schedule, flops, kv_bytes
+# first: it sets the import path of the worker too
+from conftest import ROOT, batch_of, command, tiny_model
+from infer import generate
+from lab.scorers import norm_scorer
+from model import load
+from predictor import Predictor
+from prune import Schedule, prefill
+from saliency import saliency
+from support import parallel
+from support.files import load_tensors
+from support.sampling import sampler
+from train import masked_pass
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAIN = ["train.py", "--steps", 3, "--accum", 4, "--limit", 8, "--report-rows", 1, "--json"]
 
 
-def run(*words, two=False, fails=False):
-    """A command in one process or under torchrun -> the JSON object on its last line, or what it wrote to stderr."""
-    done = subprocess.run([sys.executable, *(TORCHRUN if two else []), *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else json.loads(done.stdout.splitlines()[-1])
+def alone(*words):
+    """A command in one process -> the JSON object on its last line."""
+    code, out, err = command(*words)
+    assert code == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def both(*words):
+    """The same on two processes; only the first prints."""
+    return alone(*TORCHRUN, *words)
+
+
+def refused(*words):
+    """What a command says that fails."""
+    code, _, err = command(*words)
+    assert code != 0
+    return err
+
+
+# -------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """The losses and the predictors of one process, for a mask without and with noise."""
+    """{mask: (losses, predictors)} of one process, for a mask without and with noise."""
     folder, found = tmp_path_factory.mktemp("single"), {}
     for mask in ("topk", "gumbel"):
-        log = run(*TRAIN, "--mask", mask, "--out", folder / mask)["log"]
+        log = alone(*TRAIN, "--mask", mask, "--out", folder / mask)["log"]
         found[mask] = log, load_tensors(folder / mask / "predictors.safetensors")[0]
     return found
 
 
-TRAIN = ["train.py", "--steps", 3, "--accum", 4, "--limit", 8, "--report-rows", 1, "--json"]
-
-
-@pytest.mark.parametrize("mask, more", [("gumbel", []), ("topk", ["--shard"])], ids=["data", "shard"])
+@pytest.mark.parametrize("mask, more", [("gumbel", []), ("topk", ["--shard"])],
+                         ids=["data", "shard"])
 def test_two_processes_train_as_one(single, mask, more, tmp_path):
-    log = run(*TRAIN, "--mask", mask, *more, "--out", tmp_path, two=True)["log"]
-    tensors = load_tensors(tmp_path / "predictors.safetensors")[0]
+    log = both(*TRAIN, "--mask", mask, *more, "--out", tmp_path)["log"]
+    want_log, want = single[mask]
     assert len(log) == 3
-    for ours, whole in zip(log, single[mask][0]):
+    for ours, whole in zip(log, want_log, strict=True):
         for name, value in whole.items():
             assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-    for name, tensor in single[mask][1].items():
-        assert (tensors[name] - tensor).abs().max() < 1e-4, name     # a tenth of one step: Adam divides by the size of gradients near 0
+    tensors = load_tensors(tmp_path / "predictors.safetensors")[0]
+    for name, tensor in want.items():
+        # a tenth of one step: Adam divides by the size of gradients near 0
+        assert (tensors[name] - tensor).abs().max() < 1e-4, name
 
 
 def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
-    words = [*TRAIN, "--mask", "topk", "--out", tmp_path]
-    running = subprocess.Popen([sys.executable, *TORCHRUN, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    words = [*map(str, TRAIN), "--mask", "topk", "--out", str(tmp_path)]
+    running = subprocess.Popen([sys.executable, *TORCHRUN, *words], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     seen = ""
     while "step 1/3" not in seen:
-        seen += (more := running.stdout.read(1))
+        more = running.stdout.read(1)
         assert more, seen
+        seen += more
     running.send_signal(signal.SIGTERM)
-    assert running.wait(60) != 0 and "stopped and saved after step" not in seen
-    assert 1 <= int(load_tensors(tmp_path / "train_state.safetensors")[1]["step"]) < 3
-    log = run(*words, "--resume")["log"]
-    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in single["topk"][0]], abs=1e-5)
+    assert running.wait(60) != 0
+    assert "stopped and saved after step" not in seen
+    metadata = load_tensors(tmp_path / "train_state.safetensors")[1]
+    assert 1 <= int(metadata["step"]) < 3
+    log = alone(*words, "--resume")["log"]
+    want = [entry["loss"] for entry in single["topk"][0]]
+    assert [entry["loss"] for entry in log] == pytest.approx(want, abs=1e-5)
 
 
-def test_rows_that_do_not_divide_are_refused(tmp_path):
-    assert "--accum 3 rows a step in batches of 1 do not divide among 2 processes" in run("train.py", "--accum", 3, "--out", tmp_path, two=True, fails=True)
-    assert "leave out --hold" in run("train.py", "--shard", "--hold", "--out", tmp_path, two=True, fails=True)
-    assert "torchrun" in run("train.py", "--shard", fails=True) and "torchrun" in run("infer.py", "--tp", fails=True)
-    assert "leave out --tp" in run("infer.py", "--tp", "--scorer", "attention", two=True, fails=True)
+def test_what_does_not_divide_or_belong_is_refused(tmp_path):
+    uneven = refused(*TORCHRUN, "train.py", "--accum", 3, "--out", tmp_path)
+    assert "--accum 3 rows a step in batches of 1 do not divide among 2 processes" in uneven
+    held = refused(*TORCHRUN, "train.py", "--shard", "--hold", "--out", tmp_path)
+    assert "leave out --hold" in held
+    assert "torchrun" in refused("train.py", "--shard")
+    assert "torchrun" in refused("infer.py", "--tp")
+    by_attention = refused(*TORCHRUN, "infer.py", "--tp", "--scorer", "attention")
+    assert "leave out --tp" in by_attention
+
+
+# ------------------------------------------------------------------------------- tensor parallel
 
 
 def test_tensor_parallel_writes_the_same_text():
-    one, two = run("infer.py", "--json"), run("infer.py", "--tp", "--json", two=True)
+    one, two = alone("infer.py", "--json"), both("infer.py", "--tp", "--json")
     for name in ("full", "sdtp"):
-        assert one[name]["text"] == two[name]["text"] and one[name]["counts"] == two[name]["counts"] and one[name]["kv_bytes"] == 2 * two[name]["kv_bytes"]
+        assert one[name]["text"] == two[name]["text"]
+        assert one[name]["counts"] == two[name]["counts"]
+        assert one[name]["kv_bytes"] == 2 * two[name]["kv_bytes"]
     assert one["stage_of"] == two["stage_of"]
 
 
+def test_tensor_parallel_answers_a_batch_the_same():
+    words = ["-m", "lab.batch", "--batch", 3, "--max-new-tokens", 6, "--json"]
+    one, two = alone(*words)["batch"], both(*words, "--tp")["batch"]
+    assert [told["texts"] for told in one] == [told["texts"] for told in two]
+
+
 def test_tensor_parallel_measures_the_same_and_goes_on(tmp_path):
-    words = ["eval.py", "--scorers", "full", "predictor", "random", "oracle:norm_gx", "predictor+h2o", "--json"]
-    one = run(*words, "--limit", 3, "--rows-file", tmp_path / "one")["rows"]
-    run(*words, "--limit", 1, "--rows-file", tmp_path / "two", "--tp", two=True)
-    two = run(*words, "--limit", 3, "--rows-file", tmp_path / "two", "--tp", two=True)["rows"]
+    words = ["-m", "lab.quality", "--json", "--scorers", "full", "predictor", "random",
+             "oracle:norm_gx", "predictor+h2o"]
+    one = alone(*words, "--limit", 3, "--rows-file", tmp_path / "one")["rows"]
+    both(*words, "--limit", 1, "--rows-file", tmp_path / "two", "--tp")
+    two = both(*words, "--limit", 3, "--rows-file", tmp_path / "two", "--tp")["rows"]
     for a, b in zip(one, two, strict=True):
-        assert a["scorer"] == b["scorer"] and a["value"] == pytest.approx(b["value"], abs=1e-5)
+        assert a["scorer"] == b["scorer"]
+        assert a["value"] == pytest.approx(b["value"], abs=1e-5)
     assert len((tmp_path / "two").read_text().splitlines()) == 4
 
 
-def test_heads_that_do_not_divide_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel, "place", lambda: parallel.Place(0, 3))
-    with pytest.raises(ValueError, match="4 attention heads do not divide among 3"):
+@pytest.mark.parametrize("processes, message", [
+    (3, "4 attention heads do not divide among 3"),
+    (4, "2 key/value heads do not divide among 4"),
+])
+def test_heads_that_do_not_divide_are_refused(processes, message, monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    with pytest.raises(ValueError, match=message):
         parallel.tensor_parallel()(tiny_model())
-    monkeypatch.setattr(parallel, "place", lambda: parallel.Place(0, 4))
-    with pytest.raises(ValueError, match="2 key/value heads do not divide among 4"):
-        parallel.tensor_parallel()(tiny_model())
+
+
+def test_one_process_agrees_with_itself(tokens):
+    assert parallel.rank() == 0
+    assert parallel.world_size() == 1
+    assert parallel.first(tokens) is tokens
+    assert parallel.agreed(lambda a, b: a + b)(2, 3) == 5
+    assert parallel.first_number(7) == 7
+    assert parallel.anyone(True) is True
+    assert parallel.add_up([], {"loss": 1.0}) == {"loss": 1.0}
+
+
+# ---------------------------------------------------------------------- inside of two processes
 
 
 def test_slices_logits_saliency_and_survivors_on_two_processes(tmp_path):
-    done = subprocess.run([sys.executable, *TORCHRUN, __file__, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and "both agree" in done.stdout, done.stderr[-3000:]
+    code, out, err = command(*TORCHRUN, __file__, tmp_path)
+    assert code == 0, err[-3000:]
+    assert "both agree" in out
 
 
-def test_the_plan_of_70b_on_eight_devices_adds_up():
-    config, schedule = SHAPES["llama-3-70b"], Schedule.scaled(80)
-    found = parallel.plan(config, 32768, schedule, 8, 6e14, 3e12, 3.5e11)
-    with torch.device("meta"):
-        empty = Llama(config)
-    weights = sum(p.numel() for p in empty.parameters()) * 2
-    whole = 2 * 2 * config.vocab * config.dim
-    assert found["weights_bytes"] == pytest.approx((weights - whole) / 8 + whole, rel=1e-6)
-    counts = schedule.counts(32768, 80)
-    whole_everywhere = 2 * 8192 * 128256 + flops(config, counts, schedule=schedule) - flops(config, counts)
-    assert found["sdtp"]["compute_s"] == pytest.approx(((flops(config, counts) - 2 * 8192 * 128256) / 8 + whole_everywhere) / 6e14)
-    assert found["sdtp"]["kv_bytes"] == kv_bytes(config, counts) / 8
-    assert found["full"]["traffic_bytes"] == 80 * 2 * 32768 * 8192 * 2 * 2 * 7 / 8               # blocks, sums, tokens, D, bytes, ring
-    assert found["speedup"]["traffic"] == pytest.approx(80 * 32768 / sum(counts), rel=1e-2)      # but for the latency
-    assert found["speedup"]["traffic"] < found["speedup"]["prefill"] < found["speedup"]["compute"]
+class Counted:
+    """A stored tensor that notes how many numbers are read of it."""
+
+    def __init__(self, stored, read):
+        self.stored, self.read = stored, read
+
+    def __getitem__(self, part):
+        found = self.stored[part]
+        self.read.append(found.numel())
+        return found
+
+
+def load_counted(path, split):
+    """The model in slices, and how many numbers of its file this process has read."""
+    read = []
+
+    def counting(model):
+        reader = split()(model)
+        return lambda parameter, stored: reader(parameter, Counted(stored, read))
+    return load(path, device="cpu", split=counting), sum(read)
+
+
+def local_size(model):
+    """How many numbers this process keeps."""
+    from torch.distributed.tensor import DTensor
+    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+               for p in model.parameters())
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def compare(path, split):
+    """One checkpoint in slices against the same one whole."""
+    whole = load(path, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, whole.config.vocab, (2, 24), generator=generator)
+    model, read = load_counted(path, split)
+    assert read == local_size(model) < size(whole) - 0.4 * size(whole.blocks)
+    with torch.no_grad():
+        assert (model(tokens) - whole(tokens)).abs().max() < 1e-5
+    a, b = (saliency(m, tokens, 16, [1, 2]) for m in (model, whole))
+    assert ((a - b).abs() / b.amax(-1, keepdim=True)).max() < 1e-5
+    schedule, scorer = Schedule(1, 1, 1, 0.5), parallel.agreed(norm_scorer())
+    ours, theirs = (prefill(m, tokens, schedule, scorer)[2][0].kept for m in (model, whole))
+    everywhere = [torch.empty_like(ours) for _ in range(2)]
+    dist.all_gather(everywhere, ours)
+    assert torch.equal(*everywhere)
+    assert torch.equal(ours, theirs)
+
+
+def compare_gradients(path, n):
+    """What the pruning pass teaches the predictors, with blocks in pieces and whole.
+
+    Above 512 tokens its blocks run once more in the backward pass.
+    """
+    models = [load(path, device="cpu", split=split) for split in (parallel.sharded(), None)]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, models[0].config.vocab, (1, n), generator=generator)
+    schedule, found = Schedule(1, 1, 2, 0.5), []
+    for model in models:
+        torch.manual_seed(0)
+        predictors = torch.nn.ModuleList(Predictor(model.config.dim) for _ in range(2))
+        x, _, masks = masked_pass(model, predictors, batch_of(tokens, n - 4), schedule)
+        model.logits(x[:, -4:]).square().mean().backward()
+        found.append([masks[-1].detach(), *(p.grad for p in predictors.parameters())])
+    for ours, whole in zip(*found, strict=True):
+        assert torch.allclose(ours, whole, rtol=1e-4, atol=1e-7)
+    assert all(grad.abs().max() > 0 for grad in found[0][1:])
+
+
+def compare_agreement():
+    """What one process says holds for both."""
+    rank = parallel.rank()
+    assert parallel.first(torch.tensor([rank + 5])).item() == 5
+    assert parallel.agreed(lambda x: x + rank)(torch.ones(2)).tolist() == [1, 1]
+    assert parallel.first_number(rank + 3) == 3
+    assert parallel.anyone(rank == 1) is True
+    assert parallel.anyone(False) is False
+    used, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    used.grad = torch.full((2,), rank + 1.0)
+    if rank == 1:                   # a parameter may get no gradient from some rows
+        unused.grad = torch.ones(2)
+    sums = parallel.add_up([used, unused], {"loss": rank + 0.5, "tokens": 10})
+    assert sums == {"loss": 2.0, "tokens": 20}
+    assert used.grad.tolist() == [3, 3]
+    assert unused.grad.tolist() == [1, 1]
+
+
+def compare_drawn(model):
+    """All go on with the tokens that the first process draws; alone each would draw others."""
+    generator = torch.Generator().manual_seed(parallel.rank())
+    pick = parallel.agreed(sampler(5.0, generator))
+    made = generate(model, torch.zeros(1, 24, dtype=torch.long), 8, pick=pick, eos=()).tokens
+    drawn = [None, None]
+    dist.all_gather_object(drawn, made)
+    assert drawn[0] == drawn[1]
 
 
 def worker(folder):
-    """One of two processes: a tiny checkpoint of every kind, in slices, against the same one whole."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
+    """One of two processes."""
     import golden
-    from prune import norm_scorer, prefill
-    from saliency import saliency
+    from torch.distributed.tensor.debug import CommDebugMode
     parallel.join("cpu")
-    rank, world = parallel.place()
-    assert world == 2
+    assert parallel.world_size() == 2
+    compare_agreement()
     for name in ("gqa", "qwen2", "sharded"):
-        path = f"{folder}/{name}"
-        if rank == 0:
-            golden.write_checkpoint(Path(path), name)
+        path = Path(folder) / name
+        if parallel.rank() == 0:
+            golden.write_checkpoint(path, name)
         dist.barrier()
-        whole = load(path, device="cpu")
-        tokens = torch.randint(0, whole.config.vocab, (2, 24), generator=torch.Generator().manual_seed(0))
         for split in (parallel.tensor_parallel, parallel.sharded):
-            read = []
-
-            def counting(model, split=split):
-                reader = split()(model)
-
-                class Stored:       # what is asked of the file
-                    def __init__(self, stored):
-                        self.stored = stored
-
-                    def __getitem__(self, part):
-                        found = self.stored[part]
-                        read.append(found.numel())
-                        return found
-                return lambda p, stored: reader(p, Stored(stored))
-            model = load(path, device="cpu", split=counting)
-            in_blocks = sum(p.numel() for p in whole.blocks.parameters())
-            kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-            assert sum(read) == kept < sum(p.numel() for p in whole.parameters()) - 0.4 * in_blocks, (split, name)
-            with torch.no_grad():
-                assert (model(tokens) - whole(tokens)).abs().max() < 1e-5, (split, name)
-            a, b = (saliency(m, tokens, 16, [1, 2]) for m in (model, whole))
-            assert ((a - b).abs() / b.amax(-1, keepdim=True)).max() < 1e-5, (split, name)
-            schedule = Schedule(1, 1, 1, 0.5)
-            traces = [prefill(m, tokens, schedule, parallel.agreed(norm_scorer()))[2] for m in (model, whole)]
-            kept = traces[0][0].kept
-            everywhere = [torch.empty_like(kept) for _ in range(2)]
-            dist.all_gather(everywhere, kept)
-            assert torch.equal(everywhere[0], everywhere[1]) and torch.equal(kept, traces[1][0].kept)
+            compare(path, split)
+    path = Path(folder) / "long"
+    if parallel.rank() == 0:
+        case = {**golden.cases()["gqa"], "max_position_embeddings": 1024}
+        golden.write_checkpoint(path, "gqa", case=case)
+    dist.barrier()
+    for n in (24, 520):
+        compare_gradients(path, n)
     model = load(path, device="cpu", split=parallel.tensor_parallel())
     with torch.no_grad(), CommDebugMode() as moved:
-        model(tokens)
-    assert moved.get_total_counts() == 2 * len(model.blocks), moved.get_comm_counts()            # what `plan` reckons with
+        model(torch.zeros(2, 24, dtype=torch.long))
+    # what lab.plan reckons with
+    assert moved.get_total_counts() == 2 * len(model.blocks), moved.get_comm_counts()
+    compare_drawn(model)
     print("both agree")
 
 

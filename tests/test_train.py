@@ -1,284 +1,493 @@
-"""Eq. 7 and 8: what each loss reaches, the masks, resume after a kill, and a run that stops on NaN."""
-import math
+"""train.py: what each loss reaches, the masks, resuming after any stop, what must not go on."""
+import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import train as T
-from common import Example, output
-from conftest import ROOT, tiny_model
-from model import masked_attention, positions, visible
-from predictor import Predictor, load_predictors, load_tensors, save_tensors
-from prune import Schedule
+from conftest import (ROOT, SCHEDULE, batch_of, command, fresh_predictors, random_rows,
+                      tiny_model)
+from model import positions
+from prune import Schedule, candidates
+from saliency import mark
+from support.data import Example, pad
+from support.files import load_tensors, save_tensors
+from support.running import remembering
+from support.saved import load_predictors
+from train import Loss, Recipe, fit, marking, masked_pass, prepare, pruning, rate, train
 
-SCHEDULE = Schedule(1, 1, 4, 0.8)
-
-
-def arguments(*words):
-    return T.arguments().parse_args([str(w) for w in words])
-
-
-def rows(n, length=40, prompt_len=30):
-    generator = torch.Generator().manual_seed(4)
-    return [Example(torch.randint(0, 90, (length,), generator=generator), prompt_len) for _ in range(n)]
+TERMS = ("cls", "mse", "rank", "distill")
 
 
-def fresh_predictors(seed=0):
-    torch.manual_seed(seed)
-    return nn.ModuleList(Predictor(48) for _ in range(4))
+def both_passes(model, predictors, batch, recipe):
+    """Marking and pruning of a Batch -> loss, terms, share kept."""
+    marks = marking(model, batch, SCHEDULE, recipe)
+    return pruning(model, predictors, batch, marks, SCHEDULE, recipe)
 
 
-@pytest.mark.parametrize("loss", ["cls", "mse", "rank", "distill"])
+def gradients(predictors):
+    return [p.grad.clone() for p in predictors.parameters()]
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("only", TERMS)
 @pytest.mark.parametrize("mask", ["gumbel", "topk"])
-def test_each_loss_alone_reaches_every_stage_and_never_the_backbone(tiny, tokens, loss, mask):
-    weights = [w for name in ("cls", "mse", "rank", "distill") for w in (f"--{name}", float(name == loss))]
+def test_each_loss_alone_reaches_every_stage_and_never_the_backbone(tiny, tokens, only, mask):
+    alone = Loss(**{name: float(name == only) for name in TERMS})
     predictors = fresh_predictors()
-    found, kept = T.losses(tiny, predictors, tokens[:1], 48, SCHEDULE, arguments(*weights, "--mask", mask))
-    assert list(found) == [loss] and len(kept) == 4
-    found[loss].backward()
+    recipe = Recipe(alone, mask=mask)
+    loss, terms, kept = both_passes(tiny, predictors, batch_of(tokens[:1], 48), recipe)
+    assert terms == {only: loss.item()}
+    loss.backward()
     for stage, p in enumerate(predictors):
         for name, w in p.named_parameters():
-            # a constant added to all scores changes no ranking, so the ranking loss leaves the last bias alone but for rounding
-            assert torch.isfinite(w.grad).all() and ((w.grad != 0).any() or (loss, name) == ("rank", "down.bias")), (stage, name)
+            assert torch.isfinite(w.grad).all(), (stage, name)
+            # A constant added to all scores changes no ranking, so the ranking loss leaves the
+            # last bias alone but for rounding.
+            if (only, name) != ("rank", "down.bias"):
+                assert (w.grad != 0).any(), (stage, name)
     assert all(p.grad is None for p in tiny.parameters())
+    if mask == "topk":
+        assert kept == pytest.approx(SCHEDULE.kept(48, 4) / 48)
+    else:
+        assert 0 < kept < 1
 
 
-def test_regression_on_marked_states_skips_the_pruning_pass(tiny, tokens):
-    found, kept = T.losses(tiny, fresh_predictors(), tokens, 48, SCHEDULE, arguments("--cls", 0, "--states", "marked"))
-    assert set(found) == {"mse", "rank"} and kept == []
+def test_the_loss_is_the_weighted_sum_of_its_terms(tiny, tokens):
+    weights = Loss(cls=0.5, mse=2.0, rank=3.0, distill=0.25)
+    batch, predictors = batch_of(tokens, 48), fresh_predictors()
+    loss, terms, _ = both_passes(tiny, predictors, batch, Recipe(weights))
+    assert tuple(terms) == TERMS
+    total = sum(getattr(weights, name) * value for name, value in terms.items())
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_regression_on_marked_states_skips_the_pruning_pass(tiny, tokens, monkeypatch):
+    monkeypatch.setattr(T, "masked_pass", None)
+    recipe = Recipe(Loss(cls=0.0), states="marked")
+    batch = batch_of(tokens, 48)
+    _, terms, kept = both_passes(tiny, fresh_predictors(), batch, recipe)
+    assert set(terms) == {"mse", "rank"}
+    assert kept is None
+
+
+# ------------------------------------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("mask", ["gumbel", "topk"])
 def test_masks_are_hard_cumulative_and_spare_the_protected(tiny, tokens, mask):
     torch.manual_seed(1)
-    _, _, masks = T.masked_pass(tiny, fresh_predictors(), tokens, 48, SCHEDULE, mask)
-    spared = ~T.candidates(positions(tokens), [48, 48], SCHEDULE)
-    assert spared[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3] + list(range(43, 60))
+    batch = batch_of(tokens, 48)
+    _, _, masks = masked_pass(tiny, fresh_predictors(), batch, SCHEDULE, mask)
+    spared = ~candidates(positions(tokens), [48, 48], SCHEDULE)
+    assert spared[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, *range(43, 60)]
+    assert len(masks) == 5
     for before, after in zip(masks, masks[1:]):
         assert set(after.unique().tolist()) == {0.0, 1.0}
-        assert (after <= before).all() and (after[spared] == 1).all()
+        assert (after <= before).all()
+        assert (after[spared] == 1).all()
     if mask == "topk":
         assert [int(m[0, :48].sum()) for m in masks] == SCHEDULE.counts(48, 6)[:5]
 
 
+def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch):
+    model, predictors = tiny_model(max_positions=1024), fresh_predictors()
+    generator = torch.Generator().manual_seed(1)
+    batch = batch_of(torch.randint(0, 90, (1, 520), generator=generator), 500)
+
+    def found():
+        predictors.zero_grad()
+        x, _, _ = masked_pass(model, predictors, batch, SCHEDULE)
+        x[:, 500:].square().sum().backward()
+        return gradients(predictors)
+
+    recomputed, calls = found(), []
+
+    def plain(function, *args, use_reentrant):
+        calls.append(function)
+        return function(*args)
+
+    monkeypatch.setattr(T, "checkpoint", plain)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, found()))
+    assert len(calls) == 5
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+UNEQUAL = ((0, 0, 40, 30), (1, 0, 57, 41), (0, 20, 43, 9))      # row, start, end, prompt_len
+
+
+@pytest.fixture
+def unequal(tokens):
+    """Three Examples of different length."""
+    return [Example(tokens[row, start:end], n) for row, start, end, n in UNEQUAL]
+
+
+def without_noise(logits, tau, previous):
+    """gumbel_mask without its noise, which another batch would draw otherwise."""
+    hard = (logits[..., 0] > logits[..., 1]).float()
+    return T.straight_through(hard, torch.softmax(logits, -1)[..., 0], previous)
+
+
 @pytest.mark.parametrize("mask", ["gumbel", "topk"])
 @pytest.mark.parametrize("states", ["pruned", "marked"])
-def test_a_batch_of_rows_of_different_length_is_the_mean_of_its_rows(tiny, tokens, mask, states, monkeypatch):
-    """Losses, gradients and saliency: padding is in none of them."""
-    keep_probability = lambda logits, tau, previous: T.straight_through((logits[..., 0] > logits[..., 1]).float(), torch.softmax(logits, -1)[..., 0], previous)
-    monkeypatch.setattr(T, "gumbel_mask", keep_probability)          # without its noise, which another batch would draw otherwise
-    some = [Example(tokens[0, :40], 30), Example(tokens[1, :57], 41), Example(tokens[0, 20:43], 9)]
-    args, predictors = arguments("--distill", 1, "--mask", mask, "--states", states, "--pairs", "saliency"), fresh_predictors()
+def test_a_batch_of_rows_of_different_length_is_the_mean_of_its_rows(tiny, unequal, mask, states,
+                                                                     monkeypatch):
+    """Losses, kept shares and gradients: padding is in none of them."""
+    monkeypatch.setattr(T, "gumbel_mask", without_noise)
+    recipe = Recipe(Loss(distill=1.0), mask=mask, states=states, pairs="saliency")
+    predictors = fresh_predictors()
 
     def run(examples):
         predictors.zero_grad()
-        batch, prompt_len, lengths = T.padded(examples, "cpu")
-        found, _ = T.losses(tiny, predictors, batch, prompt_len, SCHEDULE, args, lengths=lengths)
-        sum(found.values()).backward()
-        return {k: v.item() for k, v in found.items()}, [p.grad.clone() for p in predictors.parameters()]
+        batch = pad(examples, "cpu")
+        loss, terms, kept = both_passes(tiny, predictors, batch, recipe)
+        loss.backward()
+        return {**terms, "kept": kept}, gradients(predictors)
 
-    together, gradient = run(some)
-    alone = [run([e]) for e in some]
-    for name in ("cls", "mse", "rank", "distill"):
-        assert together[name] == pytest.approx(sum(found[name] for found, _ in alone) / 3, rel=1e-4)
+    together, gradient = run(unequal)
+    alone = [run([e]) for e in unequal]
+    for name in (*TERMS, "kept"):
+        mean = sum(terms[name] for terms, _ in alone) / 3
+        assert together[name] == pytest.approx(mean, rel=1e-4)
     for i, g in enumerate(gradient):
-        assert torch.allclose(g, sum(gs[i] for _, gs in alone) / 3, atol=1e-5)
-    batch, prompt_len, lengths = T.padded(some, "cpu")
-    states, grads, _ = T.mark(tiny, batch, prompt_len, [2], lengths)
-    for b, e in enumerate(some):
-        _, own, _ = T.mark(tiny, e.tokens[None], e.prompt_len, [2])
-        assert torch.allclose(grads[0][b, :len(e.tokens)], own[0][0], atol=1e-5) and (grads[0][b, len(e.tokens):] == 0).all()
+        mean = sum(grads[i] for _, grads in alone) / 3
+        assert torch.allclose(g, mean, atol=1e-5)
+
+
+def test_padding_takes_no_part_in_the_marking(tiny, unequal):
+    tokens, prompt_len, lengths = pad(unequal, "cpu")
+    _, (together,), _ = mark(tiny, tokens, prompt_len, [2], lengths)
+    for b, e in enumerate(unequal):
+        n = len(e.tokens)
+        _, (alone,), _ = mark(tiny, e.tokens[None], e.prompt_len, [2])
+        assert torch.allclose(together[b, :n], alone[0], atol=1e-5)
+        assert (together[b, n:] == 0).all()
 
 
 def test_the_batch_size_does_not_change_the_training(tiny, tmp_path):
-    some = [Example(e.tokens[:40 - 3 * i], 30 - 3 * i) for i, e in enumerate(rows(6))]
-    logs = [T.train(tiny, some, [], SCHEDULE, arguments("--accum", 5, "--batch", b, "--steps", 3), tmp_path / f"{b}.safetensors") for b in (1, 2)]
-    for a, b in zip(*logs):
+    rows, logs = [], []
+    for shorter, e in zip(range(0, 18, 3), random_rows(6)):
+        rows.append(Example(e.tokens[:40 - shorter], 30 - shorter))
+    for batch in (1, 2):
+        recipe = Recipe(accum=5, batch=batch, steps=3)
+        run = fit(tiny, rows, SCHEDULE, recipe, tmp_path / f"{batch}.safetensors")
+        logs.append(run.log)
+    for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch):
-    model, predictors = tiny_model(max_positions=1024), fresh_predictors()
-    tokens = torch.randint(0, 90, (1, 520), generator=torch.Generator().manual_seed(1))
-
-    def gradients():
-        predictors.zero_grad()
-        T.masked_pass(model, predictors, tokens, 500, SCHEDULE)[0][:, 500:].square().sum().backward()
-        return [p.grad.clone() for p in predictors.parameters()]
-    recomputed, calls = gradients(), []
-    monkeypatch.setattr(T, "checkpoint", lambda f, *a, use_reentrant: calls.append(1) or f(*a))
-    assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients())) and len(calls) == 5
+# --------------------------------------------------------------------------------------- the steps
 
 
-def test_the_masks_gradient_is_that_of_letting_a_token_in_a_little():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, 9, 12, generator=generator) for h in (4, 2, 2))
-    see, keep = visible(torch.arange(9)[None], torch.arange(9)[None]), torch.ones(1, 9)
-    keep[0, 3] = 0
-    keep.requires_grad_()
-    masked_attention(q, k, v, see, keep).square().sum().backward()
-    eps = 1e-3
-    up = keep.detach().clone()
-    up[0, 5] += eps
-    down = keep.detach().clone()
-    down[0, 5] -= eps
-    slope = (masked_attention(q, k, v, see, up).square().sum() - masked_attention(q, k, v, see, down).square().sum()) / (2 * eps)
-    assert abs(slope - keep.grad[0, 5]) < 2e-2 * max(1, abs(slope)) and keep.grad[0, 3] != 0
+def short_run(folder, steps=8, weights=Loss(), schedule=SCHEDULE, save_every=120, resume=False,
+              **fields):
+    """Train for a few steps of two rows -> a finished Run."""
+    recipe = Recipe(weights, steps=steps, accum=2, **fields)
+    return fit(tiny_model(), random_rows(6), schedule, recipe, folder / "predictors.safetensors",
+               save_every=save_every, resume=resume)
 
 
-def run(tmp_path, name, *words):
-    args = arguments("--accum", 2, "--report-every", 100, "--cls", 1, *words)
-    out = tmp_path / name / "predictors.safetensors"
-    log = T.train(tiny_model(), rows(6), [], SCHEDULE, args, out)
-    return out, [entry["loss"] for entry in log]
+def losses_of(run):
+    return [entry["loss"] for entry in run.log]
+
+
+def same_predictors(a, b):
+    a, b = (load_tensors(folder / "predictors.safetensors")[0] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The Run of eight unbroken steps."""
+    return short_run(tmp_path_factory.mktemp("whole"))
 
 
 def test_training_lowers_the_ranking_loss_and_writes_loadable_predictors(tmp_path, tiny):
-    out, losses = run(tmp_path, "a", "--steps", 60, "--cls", 0, "--mse", 0, "--states", "marked", "--lr", 3e-3)
+    run = short_run(tmp_path, 60, Loss(cls=0.0, mse=0.0), states="marked", lr=3e-3)
+    losses = losses_of(run)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    predictors, metadata = load_predictors(out, tiny, SCHEDULE)
-    assert len(predictors) == 4 and metadata["reduce"] == "norm_gx" and metadata["steps"] == "60"
+    predictors, metadata = load_predictors(run.out, tiny, SCHEDULE)
+    assert len(predictors) == 4
+    assert metadata["reduce"] == "norm_gx"
+    assert metadata["steps"] == "60"
+
+
+@pytest.mark.parametrize("done", [1, 3, 4])
+def test_a_training_stops_after_any_step_and_goes_on_with_done(done):
+    """train is a generator: nothing happens between two steps, and nothing before the first."""
+    model, rows = tiny_model(), random_rows(6)
+    recipe = Recipe(steps=5, accum=2, mask="gumbel")
+    unbroken, optimizer = prepare(model, SCHEDULE, recipe)
+    want = list(train(model, unbroken, optimizer, rows, SCHEDULE, recipe))
+    assert [step.number for step in want] == [1, 2, 3, 4, 5]
+    predictors, optimizer = prepare(model, SCHEDULE, recipe)
+    first = train(model, predictors, optimizer, rows, SCHEDULE, recipe)
+    found = [next(first) for _ in range(done)]
+    first.close()
+    torch.manual_seed(12345)        # what happens in between is no matter
+    found += train(model, predictors, optimizer, rows, SCHEDULE, recipe, done=done)
+    assert found == want
+    for a, b in zip(predictors.parameters(), unbroken.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_step_tells_losses_tokens_and_what_is_kept():
+    model, recipe = tiny_model(), Recipe(steps=1, accum=2)
+    predictors, optimizer = prepare(model, SCHEDULE, recipe)
+    step, = train(model, predictors, optimizer, random_rows(6), SCHEDULE, recipe)
+    assert step.number == 1
+    assert set(step.losses) == {"cls", "mse", "rank", "loss"}
+    assert step.tokens == 2 * 40
+    assert step.kept == pytest.approx(SCHEDULE.kept(30, 4) / 30)
+
+
+def test_marks_that_are_remembered_train_the_same(whole, tmp_path, monkeypatch):
+    marked = []
+
+    def noting(model, tokens, *args):
+        marked.append(tuple(tokens[0].tolist()))
+        return mark(model, tokens, *args)
+
+    monkeypatch.setattr(T, "mark", noting)
+    recipe = Recipe(steps=8, accum=2)
+    run = fit(tiny_model(), random_rows(6), SCHEDULE, recipe, tmp_path / "predictors.safetensors",
+              remembering(marking))
+    assert losses_of(run) == losses_of(whole)
+    assert same_predictors(tmp_path, whole.out.parent)
+    assert len(marked) == len(set(marked)) == 6
+
+
+def test_remembered_marks_know_where_the_prompt_ends(tiny, tokens):
+    """The same text may be divided otherwise into prompt and response."""
+    marker, recipe = remembering(marking), Recipe()
+    for prompt_len in (48, 20):
+        batch = batch_of(tokens[:1], prompt_len)
+        found = marker(tiny, batch, SCHEDULE, recipe)
+        want = marking(tiny, batch, SCHEDULE, recipe)
+        assert torch.equal(found.saliency[0], want.saliency[0])
+
+
+def test_reports_come_when_they_are_due_and_stand_in_the_log(tmp_path):
+    recipe = Recipe(steps=5, accum=2)
+    run = fit(tiny_model(), random_rows(6), SCHEDULE, recipe, tmp_path / "predictors.safetensors",
+              report=lambda predictors: {"stages": len(predictors)}, report_every=2)
+    reports = {entry["step"]: entry["heldout"] for entry in run.log if "heldout" in entry}
+    assert reports == dict.fromkeys((2, 4, 5), {"stages": 4})
+
+
+def test_stages_past_the_last_block_get_no_predictors(tmp_path):
+    run = short_run(tmp_path, 1, schedule=Schedule(4, 1, 9, 0.8))
+    assert len(run.predictors) == 2
+    assert run.schedule == Schedule(4, 1, 2, 0.8)
+    with pytest.raises(ValueError, match="no stage of .* stands before the last"):
+        short_run(tmp_path, 1, schedule=Schedule(6, 1, 1, 0.8))
+
+
+def test_the_learning_rate_rises_and_falls():
+    values = [rate(step, 100, 0.1) for step in range(100)]
+    assert max(values) == 1.0
+    assert values[0] == 0.1
+    assert values[-1] < 0.11
+    assert values[9:] == sorted(values[9:], reverse=True)
+
+
+# ------------------------------------------------------------------------------------------ resume
 
 
 class Killed(Exception):
     pass
 
 
-def test_resume_after_a_kill_gives_the_losses_of_an_unbroken_run(tmp_path, monkeypatch):
-    out, whole = run(tmp_path, "whole", "--steps", 8)
-    calls = 0
-    original = T.losses
+def test_resume_after_a_kill_gives_the_losses_of_an_unbroken_run(whole, tmp_path, monkeypatch):
+    calls, losses = [], T.losses
 
-    def dies(*a):
-        nonlocal calls
-        calls += 1
-        if calls == 11:             # in the middle of step 6: steps 1 to 5 are saved
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 11:        # in the middle of step 6: steps 1 to 5 are saved
             raise Killed
-        return original(*a)
+        return losses(*args)
+
     monkeypatch.setattr(T, "losses", dies)
     with pytest.raises(Killed):
-        run(tmp_path, "broken", "--steps", 8, "--save-every", 0)
-    again, resumed = run(tmp_path, "broken", "--steps", 8, "--resume")
-    assert resumed == whole
-    a, b = load_tensors(out)[0], load_tensors(again)[0]
-    assert all(torch.equal(a[k], b[k]) for k in a)
+        short_run(tmp_path, save_every=-1)
+    resumed = short_run(tmp_path, resume=True)
+    assert resumed.done == 5
+    assert losses_of(resumed) == losses_of(whole)
+    assert same_predictors(tmp_path, whole.out.parent)
 
 
 def kill_at(module, name, call):
     """Let this process be killed at the given call of a function."""
     original, calls = getattr(module, name), []
 
-    def dies(*a, **more):
+    def dies(*args, **options):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*a, **more)
+        return original(*args, **options)
     setattr(module, name, dies)
 
 
-@pytest.mark.parametrize("where", ["T, 'losses', 11", "os, 'replace', 11", "os, 'replace', 12"], ids=["in a step", "in a save", "between two files"])
-def test_resume_after_a_process_was_killed(tmp_path, where):
-    """Whatever moment a kill -9 chooses, in step 6 or while its predictors or its state are written."""
-    code = f"""import sys; sys.path[:0] = ['.', 'tests']
-from test_train import *
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [".", "tests"]
+import train
+from test_train import kill_at, short_run
 kill_at({where})
-run(Path({str(tmp_path)!r}), 'broken', '--steps', 8, '--save-every', -1)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert load_tensors(tmp_path / "broken" / "train_state.safetensors")[1]["step"] == "5"
-    out, whole = run(tmp_path, "whole", "--steps", 8)
-    again, resumed = run(tmp_path, "broken", "--steps", 8, "--resume")
-    assert resumed == whole
-    a, b = load_tensors(out)[0], load_tensors(again)[0]
-    assert all(torch.equal(a[k], b[k]) for k in a)
+short_run(Path(sys.argv[1]), save_every=-1)
+"""
+MOMENTS = {"in a step": "train, 'losses', 11", "in a save": "os, 'replace', 11",
+           "between two files": "os, 'replace', 12"}
 
 
-@pytest.mark.parametrize("damage", [
-    lambda t, m: t.pop("p.0.up.bias"), lambda t, m: t.pop("o.3.exp_avg"), lambda t, m: t.update({"p.1.up.bias": torch.zeros(3)}),
-    lambda t, m: t.update({"o.0.exp_avg_sq": -torch.ones(48)}), lambda t, m: t.update({"o.2.step": torch.tensor(-1.0)}),
-    lambda t, m: t.update({"o.1.exp_avg": torch.full((48,), math.nan)}), lambda t, m: t.update({"p.2.norm.bias": torch.full((48,), 3e38)}),
-    lambda t, m: m.update(step="-1"), lambda t, m: m.update(step="x"), lambda t, m: m.update(log="[" * 100000), lambda t, m: m.update(log="{}")])
-def test_a_damaged_training_state_is_refused(tmp_path, damage):
-    out, _ = run(tmp_path, "a", "--steps", 1)
-    state = out.with_name("train_state.safetensors")
-    tensors, metadata = load_tensors(state)
-    damage(tensors, metadata)
-    save_tensors(state, tensors, metadata)
-    with pytest.raises(ValueError, match="train_state.safetensors: damaged training state"):
-        run(tmp_path, "a", "--steps", 1, "--resume")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resume_after_a_process_was_killed(whole, tmp_path, moment):
+    """Whatever moment a kill -9 chooses, in step 6 or while its predictors or state are written."""
+    code, _, err = command("-c", KILLED.format(where=MOMENTS[moment]), tmp_path)
+    assert code == -signal.SIGKILL, err
+    assert load_tensors(tmp_path / "train_state.safetensors")[1]["step"] == "5"
+    resumed = short_run(tmp_path, resume=True)
+    assert losses_of(resumed) == losses_of(whole)
+    assert same_predictors(tmp_path, whole.out.parent)
 
 
-def test_an_unwritable_place_is_known_before_the_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in ("/proc/self/p.safetensors", tmp_path / "file" / "more"):
-        with pytest.raises(OSError, match=str(Path(path).parent)):
-            output(path, "predictors.safetensors")
-    assert output(tmp_path / "new", "predictors.safetensors") == tmp_path / "new" / "predictors.safetensors"
-    assert output(tmp_path / "x.safetensors", "predictors.safetensors").name == "x.safetensors" and (tmp_path / "new").is_dir()
-
-
-def test_a_disk_that_is_full_at_the_end_of_a_training(tmp_path):
-    (tmp_path / "predictors.safetensors").write_bytes(b"the previous one")
-    words = [sys.executable, "train.py", "--steps", "1", "--accum", "1", "--report-rows", "0", "--limit", "4", "--out", tmp_path]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)))
-    assert done.returncode == 1 and done.stderr.startswith(f"train.py: {tmp_path}/predictors.safetensors: not written") and len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "predictors.safetensors").read_bytes() == b"the previous one" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(tmp_path):
-    words = [sys.executable, "train.py", "--steps", "4", "--accum", "1", "--report-rows", "0", "--save-every", "1000000", "--max-prompt", "420", "--limit", "4"]
-    running = subprocess.Popen([*words, "--out", tmp_path / "broken"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "step 1/4" not in seen:
-        seen += (more := running.stdout.read(1))
-        assert more, running.stderr.read()
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(60) == 1 and "stopped and saved after step" in running.stderr.read()
-    for name, more in (("broken", ["--resume"]), ("whole", [])):
-        subprocess.run([*words, "--out", tmp_path / name, *more], cwd=ROOT, check=True, capture_output=True)
-    a, b = (load_tensors(tmp_path / name / "predictors.safetensors")[0] for name in ("broken", "whole"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatch):
-    run(tmp_path, "nan", "--steps", 2)
-    saved = (tmp_path / "nan" / "predictors.safetensors").read_bytes()
-    monkeypatch.setattr(T, "reduce_saliency", lambda g, x, reduce: g.norm(dim=-1) * float("nan"))
-    with pytest.raises(ValueError, match="step 1: stage 1: saliency or score is not finite"):
-        run(tmp_path, "nan", "--steps", 4)
-    assert (tmp_path / "nan" / "predictors.safetensors").read_bytes() == saved
-
-
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_predictors(tmp_path, monkeypatch):
-    run(tmp_path, "nan", "--steps", 2)
-    saved = (tmp_path / "nan" / "predictors.safetensors").read_bytes()
-    monkeypatch.setattr(T, "ranking_loss", lambda score, *a: (0 * score).sqrt().sum())               # 0, and its gradient is 0 times infinity
-    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
-        run(tmp_path, "nan", "--steps", 1)
-    assert (tmp_path / "nan" / "predictors.safetensors").read_bytes() == saved
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, tmp_path):
+    recipe = Recipe(steps=8, accum=2)
+    out = tmp_path / "predictors.safetensors"
+    with pytest.raises(SystemExit, match="stopped and saved after step 1 of 8"):
+        fit(tiny_model(), random_rows(6), SCHEDULE, recipe, out, stop=[signal.SIGTERM])
+    resumed = short_run(tmp_path, resume=True)
+    assert resumed.done == 1
+    assert losses_of(resumed) == losses_of(whole)
+    assert same_predictors(tmp_path, whole.out.parent)
 
 
 def test_resuming_another_run_is_refused(tmp_path):
-    out, _ = run(tmp_path, "a", "--steps", 1)
-    args = arguments("--steps", 2, "--resume")
-    with pytest.raises(ValueError, match="other settings"):
-        T.train(tiny_model(), rows(2), [], Schedule(1, 1, 2, 0.8), args, out)
+    short_run(tmp_path, 1)
+    for other in ({"steps": 2}, {"steps": 1, "lr": 0.1},
+                  {"steps": 1, "schedule": Schedule(1, 1, 2, 0.8)}):
+        with pytest.raises(ValueError, match="other settings"):
+            short_run(tmp_path, resume=True, **other)
 
 
-def test_the_learning_rate_rises_and_falls():
-    values = [T.rate(step, 100, 0.1) for step in range(100)]
-    assert max(values) == 1.0 and values[0] == 0.1 and values[-1] < 0.11 and values[9:] == sorted(values[9:], reverse=True)
+def test_a_damaged_state_stops_the_resume(tmp_path):
+    run = short_run(tmp_path, 1)
+    tensors, metadata = load_tensors(run.state)
+    del tensors["o.3.exp_avg"]
+    save_tensors(run.state, tensors, metadata)
+    with pytest.raises(ValueError, match="train_state.safetensors: damaged training state"):
+        short_run(tmp_path, 1, resume=True)
 
 
-@pytest.mark.parametrize("words", [("--lr", "nan"), ("--lr", "0"), ("--tau", "0"), ("--warmup", "2"), ("--rank", "-1"), ("--mse", "inf")])
-def test_settings_that_can_only_do_harm_are_refused(words, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", *words])
-    with pytest.raises(ValueError, match="--lr and --tau are positive"):
-        T.main()
+# ------------------------------------------------------------------------------ what must not go on
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """-> the folder of a run of two steps, and the bytes of its predictors."""
+    short_run(tmp_path, 2)
+    return tmp_path, (tmp_path / "predictors.safetensors").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(two_steps, monkeypatch):
+    folder, saved = two_steps
+    monkeypatch.setattr(T, "reduce_saliency", lambda g, x, reduce: g.norm(dim=-1) * float("nan"))
+    with pytest.raises(ValueError, match="step 1: stage 1: saliency or score is not finite"):
+        short_run(folder, 4)
+    assert (folder / "predictors.safetensors").read_bytes() == saved
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_predictors(two_steps,
+                                                                              monkeypatch):
+    folder, saved = two_steps
+    # 0, and its gradient is 0 times infinity
+    monkeypatch.setattr(T, "ranking_loss", lambda scores, *_, pairs: (0 * scores).sqrt().sum())
+    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
+        short_run(folder, 1)
+    assert (folder / "predictors.safetensors").read_bytes() == saved
+    model, recipe = tiny_model(), Recipe()
+    predictors, optimizer = prepare(model, SCHEDULE, recipe)
+    before = [p.clone() for p in predictors.parameters()]
+    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
+        next(train(model, predictors, optimizer, random_rows(6), SCHEDULE, recipe))
+    assert all(torch.equal(p, q) for p, q in zip(predictors.parameters(), before))
+
+
+@pytest.mark.parametrize("words", [
+    ("--lr", "nan"), ("--lr", "0"), ("--tau", "0"), ("--warmup", "2"), ("--rank", "-1"),
+    ("--mse", "inf")])
+def test_settings_that_can_only_do_harm_are_refused(words, leaves):
+    assert "--lr and --tau are positive" in leaves("train.py", *words)
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--data", "none.jsonl"), "no such data file"),
+    (("--cls", 0, "--mse", 0, "--rank", 0), "all loss weights are 0"),
+])
+def test_bad_input_ends_in_one_line(words, message, leaves):
+    ended = leaves("train.py", *words)
+    assert ended.startswith("train.py: ")
+    assert message in ended
+    assert len(ended.splitlines()) == 1
+
+
+def test_no_rows_in_a_step_are_refused(leaves, capsys):
+    assert leaves("train.py", "--accum", 0) == 2
+    assert "expected a whole number, at least" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+COMMAND = ("train.py", "--steps", 4, "--accum", 1, "--report-rows", 1, "--calibrate", 1,
+           "--save-every", 1000000, "--max-prompt", 420, "--limit", 4, "--json", "--out")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """-> the folder that the command wrote to, and the last line that it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    code, out, err = command(*COMMAND, folder)
+    assert code == 0, err
+    return folder, out.splitlines()[-1]
+
+
+def test_the_command_writes_predictors_that_infer_uses(trained):
+    folder, last = trained
+    log = json.loads(last)["log"]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert "nll_sdtp" in log[-1]["heldout"]
+    metadata = load_tensors(folder / "predictors.safetensors")[1]
+    assert metadata["steps"] == "4"
+    assert "prior" in metadata
+    code, _, err = command("infer.py", "--predictors", folder / "predictors.safetensors",
+                           "--max-new-tokens", 2)
+    assert code == 0, err
+
+
+def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(trained, tmp_path):
+    words = [sys.executable, *map(str, COMMAND), str(tmp_path)]
+    running = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    seen = ""
+    while "step 1/4" not in seen:
+        more = running.stdout.read(1)
+        assert more, running.stderr.read()
+        seen += more
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "stopped and saved after step" in err
+    code, out, err = command(*COMMAND, tmp_path, "--resume")
+    assert code == 0, err
+    assert "going on after step" in out
+    assert json.loads(out.splitlines()[-1])["log"] == json.loads(trained[1])["log"]
+    assert same_predictors(tmp_path, trained[0])

@@ -1,0 +1,107 @@
+"""Scorers to compare the predictors with: rules without training, and the gradient oracle.
+
+A scorer is a function (stage from 0, x (B, n, D), pos (B, n)) -> scores (B, n); the highest stay.
+"""
+import math
+
+import torch
+
+from model import PAD, visible
+from prune import predictor_scorer
+from support.files import need
+
+SCORERS = ("predictor", "prior", "random", "recent", "earliest", "norm", "attention",
+           "attention16")
+
+
+def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
+    """A scorer by its name on a command line.
+
+    "prior" is the predictors with their calibrated prior; the oracle is made by the caller.
+    """
+    need(name in SCORERS, f"unknown scorer {name!r}; there are {', '.join(SCORERS)}")
+    if name in ("predictor", "prior"):
+        need(predictors is not None, "no trained predictors for this checkpoint: run train.py, or "
+                                     "name a file with --predictors, or use --scorer")
+        trained = predictor_scorer(predictors)
+        return with_prior(trained, prior) if name == "prior" else trained
+    if name == "attention16":
+        return attention_scorer(model, schedule, last=16)
+    if name == "attention":
+        return attention_scorer(model, schedule)
+    if name == "random":
+        return random_scorer(seed)
+    return {"recent": recent_scorer, "earliest": earliest_scorer, "norm": norm_scorer}[name]()
+
+
+def random_scorer(seed=0):
+    """Any tokens: the floor."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda stage, x, pos: torch.rand(pos.shape, generator=generator).to(x.device)
+
+
+def recent_scorer():
+    """Keep the latest tokens."""
+    return lambda stage, x, pos: pos.float()
+
+
+def earliest_scorer():
+    """Keep the first tokens."""
+    return lambda stage, x, pos: -pos.float()
+
+
+def norm_scorer():
+    """Keep the tokens of the largest hidden state."""
+    return lambda stage, x, pos: x.float().norm(dim=-1)
+
+
+def attention_scorer(model, schedule, last=None, chunk=256):
+    """The attention that a token would receive in the block after the stage.
+
+    It is summed over heads and (the `last`) queries, `chunk` queries at a time.
+    """
+    after = schedule.after(len(model.blocks))
+
+    def scorer(stage, x, pos):
+        need(last is None or not (pos == PAD).any(),
+             "the last queries of padded rows are not at the end: use prompts of one length")
+        block = model.blocks[after[stage]]      # block b_s + 1: the list counts from 0
+        need(block.c.n_heads == model.config.n_heads, "attention is not summed over the heads of "
+             "other processes: leave out --tp or the attention scorers")
+        q, k, _ = block.qkv(x, model.rope(pos, 0))
+        n = pos.shape[1]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        received = torch.zeros(pos.shape, device=x.device)
+        for i in range(max(0, n - last) if last else 0, n, chunk):
+            queries = slice(i, i + chunk)
+            a = (q[:, :, queries] @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+            see = visible(pos[:, queries], pos, model.config.window)
+            weights = a.masked_fill(~see, -math.inf).softmax(-1)            # (B, H, chunk, n)
+            real = pos[:, None, queries, None] < PAD    # padding attends, but does not count
+            received += (weights * real).sum((1, 2))
+        return received
+    return scorer
+
+
+def oracle_scorer(saliency):
+    """The gradient saliency itself, (S, B, N): it needs the answer, so it is a ceiling."""
+    return lambda stage, x, pos: saliency[stage].gather(1, pos)
+
+
+def with_prior(scorer, weight):
+    """Beyond the paper: the score's rank, 0 to 1, plus weight * (1 - pos / N).
+
+    One hidden state hardly tells where in the prompt its token stands; a weight above 0 prefers
+    early tokens.
+    """
+    if not weight:
+        return scorer
+
+    def scores(stage, x, pos):
+        real = pos < PAD
+        s = scorer(stage, x, pos).masked_fill(~real, -math.inf)
+        # padding takes the lowest ranks, below 0
+        rank = s.argsort(dim=1, stable=True).argsort(1) - (~real).sum(1, keepdim=True)
+        last = pos.where(real, 0).amax(1, keepdim=True)     # the last token is never dropped
+        return rank / real.sum(1, keepdim=True) + weight * (1 - pos / (last + 1))
+    return scores

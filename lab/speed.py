@@ -1,0 +1,333 @@
+"""Speed and memory of both arms beside what the device can do (Section 4.3, Table 2).
+
+Prefill is bound by arithmetic: its floor is FLOPs over the measured peak of a matmul. Decode is
+bound by bytes: its floor is the weights and caches that one token reads, over the measured
+bandwidth of a copy. The arms are those of `infer.py --bench` and take turns in the same way;
+`--vs transformers` adds transformers' Llama on the same weights, dtype and tokens.
+
+    python -m lab.speed --ckpt smollm2 --lengths 512 1024 --vs transformers --profile
+
+Shapes: B = 1 row, N prompt tokens, V vocabulary. Times in seconds, sizes in bytes.
+"""
+import itertools
+import statistics
+from dataclasses import asdict
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from infer import both_arms
+from lab.figures import cost_against_length
+from lab.scorers import SCORERS, make_scorer
+from model import hf_name, positions
+from prune import UNPRUNED, drop, extend, kv_bytes, prefill, select
+from support.caches import compile_model
+from support.files import need
+from support.options import (add_json_argument, add_pruning_arguments, at_least, cli,
+                             command_parser, hardware, print_json)
+from support.saved import load_pruning
+from support.timing import bench_row, clock, take_turns
+
+# ---------------------------------------------------------------------------------------- floors
+
+
+class Ceilings(NamedTuple):
+    """What the device can do at best."""
+    flops_s: float                  # FLOP/s of a large square matmul
+    bytes_s: float                  # bytes/s of a large copy, read and written
+
+
+def timed(device, function, repeats):
+    """Seconds of each of several calls, after one that is not counted."""
+    function()
+    found = []
+    for _ in range(repeats):
+        start = clock(device)
+        function()
+        found.append(clock(device) - start)
+    return found
+
+
+def ceilings(device, dtype):
+    """Measure the Ceilings."""
+    cuda = device.type == "cuda"
+    size, copied = (8192, 2**31) if cuda else (2048, 2**28)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matmul_s = min(timed(device, lambda: a @ b, 10))
+    copy_s = min(timed(device, lambda: target.copy_(source), 10))
+    return Ceilings(2 * size**3 / matmul_s, 2 * copied / copy_s)
+
+
+def weight_bytes(model):
+    """What one decoded token reads of the weights: the blocks and the head, no embedding."""
+    parts = (model.blocks, model.norm, model.head)
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+
+def add_floors(row, model, schedule, new, best):
+    """Add to a row of `bench_row` what each arm reaches of the Ceilings `best`."""
+    row |= {"peak_flops": best.flops_s, "copy_bytes_s": best.bytes_s}
+    size, floor = model.embed.weight.element_size(), {}
+    for name in arms_of(row):
+        arm, used = row[name], schedule if name == "sdtp" else UNPRUNED
+        held = [m + new // 2 for m in used.counts(row["n"], len(model.blocks))]
+        moved = weight_bytes(model) + kv_bytes(model.config, held, size)
+        floor[name] = arm["flops"] / best.flops_s + (new - 1) * moved / best.bytes_s
+        flops_s = arm["flops"] / arm["prefill_s"]
+        bytes_s = moved / arm["decode_s"] if new > 1 else 0.0
+        arm |= {"flops_s": flops_s, "of_peak": flops_s / best.flops_s,
+                "bytes_s": bytes_s, "of_copy": bytes_s / best.bytes_s}
+    row["speedup"]["e2e_by_floors"] = floor["full"] / floor["sdtp"]
+
+
+def dtype_name(model):
+    return str(model.dtype).removeprefix("torch.")
+
+
+def arms_of(row):
+    return [name for name in ("full", "sdtp", "transformers") if name in row]
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+
+def random_prompt(model, n):
+    """The n tokens (1, n) that `infer.both_arms` reads."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, model.config.vocab, (1, n), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def pruning_seconds(model, tokens, schedule, scorer, repeats):
+    """Time of all stages of a prefill, apart from the blocks: scorer, selection and drop."""
+    total = 0.0
+    x, pos = model.embed(tokens), positions(tokens)
+    for stage in range(len(schedule.after(len(model.blocks)))):
+        run = partial(prune_once, x, pos, stage, tokens.shape[1], schedule, scorer)
+        total += statistics.median(timed(model.device, run, repeats))
+        x, pos = run()
+    return total
+
+
+def prune_once(x, pos, stage, n, schedule, scorer):
+    """A stage (from 0) of a prompt of n tokens, as in prune.prefill."""
+    k = schedule.kept(n, stage + 1)
+    index = select(scorer(stage, x, pos), pos, k, n, schedule.sink, schedule.local)
+    return drop(x, pos, index)
+
+
+def profile(model, n, schedule, scorer, top=12):
+    """Where a prefill of n tokens spends its time: {arm: [(operator, share)]}.
+
+    The time is that spent in an operator itself, on cuda that of its kernels.
+    """
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+    tokens, cuda = random_prompt(model, n), model.device.type == "cuda"
+    seen = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    found = {}
+    for name, arm in (("full", (None, None)), ("sdtp", (schedule, scorer))):
+        prefill(model, tokens, *arm)
+        with profiler(activities=seen) as events:
+            prefill(model, tokens, *arm)
+            clock(model.device)
+        found[name] = shares(events.key_averages(), cuda)[:top]
+        told = [f"{key.removeprefix('aten::')} {share:.1%}" for key, share in found[name]]
+        print(f"{name}, {n} tokens: {', '.join(told)}", flush=True)
+    return found
+
+
+def shares(events, cuda):
+    """[(operator, its share of the time)], the longest first."""
+    spent = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+             for event in events
+             if event.device_type == torch.autograd.DeviceType.CPU}     # not once more its kernel
+    total = sum(spent.values())
+    longest_first = sorted(spent.items(), key=lambda item: -item[1])
+    return [(key, time / total) for key, time in longest_first]
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+def transformers_config(transformers, c):
+    """A model.Config -> transformers' LlamaConfig."""
+    scaling = None
+    if c.rope_llama3:
+        names = ("factor", "low_freq_factor", "high_freq_factor",
+                 "original_max_position_embeddings")
+        scaling = {"rope_type": "llama3", **dict(zip(names, c.rope_llama3))}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    else:
+        scaling = scaling or {"rope_type": "default"}
+        rope = {"rope_parameters": {**scaling, "rope_theta": c.rope_theta}}
+    return transformers.LlamaConfig(
+        hidden_size=c.dim, intermediate_size=c.ffn, num_hidden_layers=c.n_blocks,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+        vocab_size=c.vocab, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_positions,
+        tie_word_embeddings=c.tied, attn_implementation="sdpa", **rope)
+
+
+def as_transformers(model):
+    """The same weights, shared and not copied, as transformers' Llama with SDPA.
+
+    Raises ImportError or ValueError where that cannot be.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("--vs transformers needs it: pip install transformers") from None
+    need(not model.config.qkv_bias and not model.config.window,
+         "--vs transformers: biases on q, k and v, and sliding windows, are not compared")
+    config = transformers_config(transformers, model.config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with model.device:
+            theirs = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    parameters = model.named_parameters(remove_duplicate=False)
+    theirs.load_state_dict({hf_name(name): p for name, p in parameters}, assign=True)
+    return theirs
+
+
+@torch.no_grad()
+def run_transformers(theirs, tokens, new):
+    """Greedy generation -> seconds of the prefill, and of a further token, the median."""
+    start = clock(tokens.device)
+    out = theirs(tokens, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    token.item()                    # infer.generate looks at every token too
+    times = [clock(tokens.device)]
+    for _ in range(new - 1):
+        out = theirs(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        token.item()
+        times.append(clock(tokens.device))
+    decode_s = [after - before for before, after in itertools.pairwise(times)]
+    return times[0] - start, statistics.median(decode_s or [0.0])
+
+
+@torch.no_grad()
+def against(row, model, theirs, tokens):
+    """How many times as fast the full arm is, and how far apart the first logits are."""
+    full, other = row["full"], row["transformers"]
+    ours = prefill(model, tokens)[0]
+    difference = ours - theirs(tokens, logits_to_keep=1).logits[:, -1]
+    return {"prefill": other["prefill_s"] / full["prefill_s"],
+            "decode": other["decode_s"] / full["decode_s"] if full["decode_s"] else 0.0,
+            "logits_differ_by": difference.abs().max().item()}
+
+
+# -------------------------------------------------------------------------------------- the table
+
+HEAD = ("      N  arm            prefill s (min to max)      TFLOP/s  of peak   decode ms   GB/s  "
+        "of copy   end to end s   peak GB    KV GB   prefill speed-up of ideal   end to end, by "
+        "the floors")
+
+
+def print_row(row):
+    """A line for each arm."""
+    gain = row["speedup"]
+    for name in arms_of(row):
+        arm = row[name]
+        low, high = arm["prefill_spread_s"]
+        line = (f"{row['n']:7d}  {name:12} {arm['prefill_s']:10.3f} ({low:.3f} to {high:.3f}) "
+                f"{arm['flops_s'] / 1e12:9.3g} {arm['of_peak']:8.0%} {1e3 * arm['decode_s']:11.2f} "
+                f"{arm['bytes_s'] / 1e9:6.3g} {arm['of_copy']:8.0%} {arm['e2e_s']:14.3f} "
+                f"{(arm['peak_bytes'] or 0) / 1e9:9.2f} {arm['kv_bytes'] / 1e9:8.3f}")
+        if name == "sdtp":
+            line += (f" {gain['prefill']:12.2f}x of {row['ideal']:.2f}x = "
+                     f"{row['share_of_ideal']:4.0%} {gain['e2e']:12.2f}x, "
+                     f"{gain['e2e_by_floors']:.2f}x   stages {row['pruning_share']:.1%} of prefill")
+        if name == "transformers":
+            vs = row["vs"]
+            line += (f"   full is {vs['prefill']:.2f}x as fast in prefill, {vs['decode']:.2f}x in "
+                     f"decode; logits differ by {vs['logits_differ_by']:.1g}")
+        print(line, flush=True)
+
+
+def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **options):
+    """Table 2 -> a dict for each prompt length: that of `bench_row`, and the floors.
+
+    vs: "transformers" for a third arm, as it comes. options: those of infer.generate. FLOPs and
+    floors of SDTP are those of the predictors, whatever scorer runs.
+    """
+    theirs = as_transformers(model) if vs else None
+    best, rows = ceilings(model.device, model.dtype), []
+    print(f"{hardware(model.device)}, {dtype_name(model)}; measured ceilings: matmul "
+          f"{best.flops_s / 1e12:.3g} TFLOP/s, copy {best.bytes_s / 1e9:.3g} GB/s\n"
+          f"{new} new tokens; every time the median of {repeats} in turn with the other arms "
+          f"(prefill), of {min(3, repeats)} (decode)\n{HEAD}")
+    for n in lengths:
+        tokens = random_prompt(model, n)
+        arms = both_arms(model, n, schedule, scorer, **options)
+        if vs:
+            arms["transformers"] = partial(run_transformers, theirs, tokens)
+        times = take_turns(model.device, arms, new, repeats)
+        row = bench_row(model, n, schedule, times, new)
+        add_floors(row, model, schedule, new, best)
+        row["pruning_s"] = pruning_seconds(model, tokens, schedule, scorer, repeats)
+        row["pruning_share"] = row["pruning_s"] / row["sdtp"]["prefill_s"]
+        if vs:
+            row["vs"] = against(row, model, theirs, tokens)
+        print_row(row)
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def speed_parser():
+    parser = command_parser(__doc__)
+    add_pruning_arguments(parser)
+    parser.add_argument("--scorer", choices=SCORERS, default="predictor",
+                        help="what ranks the tokens")
+    parser.add_argument("--lengths", type=at_least(1), nargs="+", metavar="N",
+                        default=[512, 1024, 2048, 4096], help="prompt lengths")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    parser.add_argument("--repeats", type=at_least(1), default=5,
+                        help="timed prefills of each arm")
+    parser.add_argument("--vs", choices=("transformers",),
+                        help="a third arm, transformers' Llama on the same weights")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, and "
+                        "decode in static shapes (on cuda a CUDA graph)")
+    parser.add_argument("--profile", action="store_true",
+                        help="then say which operators take the time, at the longest prompt")
+    parser.add_argument("--png", metavar="FILE",
+                        help="draw cost against length (needs matplotlib)")
+    parser.add_argument("--seed", type=int, default=0)
+    add_json_argument(parser)
+    return parser
+
+
+def main():
+    args = speed_parser().parse_args()
+    torch.manual_seed(args.seed)
+    model, schedule, predictors, metadata = load_pruning(args)
+    prior = metadata.get("prior", 0.0)
+    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, prior)
+    options = compile_model(model, extend) if args.compile else {}
+    result = {"schedule": asdict(schedule),
+              "bench": bench(model, args.lengths, schedule, scorer, args.max_new_tokens,
+                             args.repeats, args.vs, **options)}
+    if args.compile:                # many more than the parts of a block would be a recompile storm
+        result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        print(f"torch.compile made {result['graphs']} graphs for {len(model.blocks)} blocks and "
+              f"{len(args.lengths)} lengths")
+    if args.profile:
+        result["profile"] = profile(model, max(args.lengths), schedule, scorer)
+    if args.png:
+        title = f"{args.ckpt}, {hardware(model.device)}, {dtype_name(model)}"
+        cost_against_length(result["bench"], args.png, title)
+    print_json(args, model, result)
+
+
+if __name__ == "__main__":
+    cli(main)

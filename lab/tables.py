@@ -1,0 +1,497 @@
+"""Every measured table, written from the files in results/, so that none drifts from its numbers.
+
+A table stands in README.md or docs/results.md after `<!-- table NAME -->`; what lies between that
+and `<!-- end -->` is replaced.
+
+    python -m lab.tables            # write the tables
+    python -m lab.tables --check    # exit 1 if a table there is not what results/ says
+    python -m lab.tables --figures  # also draw the curves of results/ (needs matplotlib)
+"""
+import ast
+import re
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+from lab.figures import curve, tradeoff
+from lab.plan import plan
+from model import SHAPES
+from prune import Schedule, flops_row
+from support.checkpoint import ROOT
+from support.files import need, read_json
+from support.options import cli, command_parser
+
+PAGES = ("README.md", "docs/results.md")
+NAMES = {
+    "full": "full model",
+    "predictor": "**trained predictors**",
+    "prior": "trained predictors + position prior",
+    "random": "random",
+    "recent": "latest tokens",
+    "earliest": "first tokens",
+    "norm": "largest hidden state",
+    "attention": "attention received, all queries",
+    "attention16": "attention received, last 16 queries",
+    "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)",
+    "oracle:norm_g": "gradient oracle, norm of g",
+    "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
+    "predictor@5": "trained predictors, 5 stages (SDTP-low)",
+    "compress": "prompt compression by the same scores",
+    "full+h2o": "H2O at 40%",
+    "full+local": "latest 40% only",
+    "predictor+h2o": "trained predictors + H2O at 40%",
+}
+# Modules that had another name when results/ was measured.
+MOVED = {
+    "python eval.py": "python -m lab.quality",
+    "python study.py": "python -m lab.ablations",
+    "python infer.py --ckpt smollm2 --bench": "python -m lab.speed --ckpt smollm2 --lengths",
+}
+
+
+# ---------------------------------------------------------------------------------- cells and text
+
+
+def plus(value, error, digits=3):
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def percent(value, error):
+    return f"{value:.0%} ± {error:.0%}"
+
+
+def points(value, error):
+    """Two fractions as percentage points."""
+    return plus(100 * value, 100 * error, 1)
+
+
+def likelihood(row):
+    return plus(row["value"], row["stderr"])
+
+
+def share(row):
+    """Where a row stands between random (0%) and full (100%)."""
+    if "share_of_gap" in row:
+        return percent(row["share_of_gap"], row["share_stderr"])
+    return {"full": "100%", "random": "0%"}[row["scorer"]]
+
+
+def markdown(head, rows):
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def result(name):
+    path = ROOT / "results" / f"{name}.json"
+    need(path.is_file(), f"{path}: not measured yet; see results/make.sh")
+    return read_json(path)
+
+
+def renamed(command):
+    """A command as it is called today."""
+    for old, new in MOVED.items():
+        command = command.replace(old, new)
+    return command
+
+
+def source(names, found, up=""):
+    """What stands under a table: command, files, time, hardware, type and commit.
+
+    names: of files in results/; found: what is in them; up: the way from the page to the root.
+    """
+    def each(key):
+        return ", ".join(dict.fromkeys(str(one[key]) for one in found))
+
+    more = " and the like" if len(names) > 1 else ""
+    links = ", ".join(f"[{name}.json]({up}results/{name}.json)" for name in names)
+    seconds = sum(one.get("seconds") or 0 for one in found)
+    spent = f"{seconds:.0f} s on " if seconds else ""
+    if seconds > 90:
+        spent = f"{seconds / 60:.0f} min on "
+    return (f"`{renamed(found[0]['command'])}`{more} ({links}; "
+            f"{spent}{each('hardware')}, {each('dtype')}; commit {each('commit')})")
+
+
+# ------------------------------------------------------------------------- where the equations are
+
+MODULES = ("model", "saliency", "predictor", "prune", "train", "infer")
+EQUATIONS = ("module", "mask", "saliency, literally", "MSE", "ranking, all stages",
+             "ranking, one stage", "cross entropy", "the whole loss")
+
+
+def around(text, line):
+    """The dotted name of the functions and classes around a line of a module."""
+    named = (ast.FunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, named)]
+    return ".".join(node.name for node in nodes if node.lineno <= line <= node.end_lineno)
+
+
+def marked():
+    """Every line of the six modules that ends in `# Eq. n` -> {n: (file, line, around, code)}."""
+    found = {}
+    for name in MODULES:
+        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        for line, code in enumerate(text.splitlines(), start=1):
+            mark = re.search(r"^ *(.*?) +# Eq\. (\d+)$", code)
+            if mark:
+                found[int(mark[2])] = (f"{name}.py", line, around(text, line), mark[1])
+    return found
+
+
+def equations():
+    """Where each equation of the paper is computed."""
+    rows = []
+    for number, (file, line, name, _) in sorted(marked().items()):
+        where = f"[{file}, line {line}]({file}#L{line}), `{name}`"
+        rows.append([f"Eq. {number}, {EQUATIONS[number - 1]}", where])
+    return ["paper", "here"], rows
+
+
+# ----------------------------------------------------------------------------------- arithmetic
+
+
+def flop_table(shape="mistral-7b"):
+    """Table 2's accounting, computed and not measured."""
+    printed = (72.51, 158.22, 369.22, 949.54, 2743.46, 8864.49)
+    rows = []
+    for i, paper in enumerate(printed):
+        row = flops_row(SHAPES[shape], Schedule(), 4096 * 2 ** i)
+        full, sdtp = row["exact"]
+        cache, pruned_cache = row["kv_bytes"]
+        rows.append([
+            f"{4 * 2 ** i}K", f"{full / 1e12:.2f}", f"{sdtp / 1e12:.2f}",
+            f"{1 - sdtp / full:.1%}", f"{full / sdtp:.2f}x",
+            f"{row['paper'][0] / 1e12:.2f}", paper,
+            f"{cache / 1e9:.2f} -> {pruned_cache / 1e9:.2f} GB",
+        ])
+    return ["N", "exact, full", "exact, SDTP", "saved", "ideal speed-up",
+            "the paper's accounting, full", "the paper prints", "KV cache, full -> SDTP"], rows
+
+
+def plan_table():
+    """A 70B shape on eight devices, by arithmetic: what `python -m lab.plan` prints."""
+    rows = []
+    for n in (8192, 32768, 131072):
+        found = plan(SHAPES["llama-3-70b"], n, Schedule.scaled(80), 8, 6e14, 3e12, 3.5e11)
+        gain = found["speedup"]
+        gains = (f"{gain['prefill']:.2f}x ({gain['compute']:.2f}x, {gain['traffic']:.2f}x); "
+                 f"{gain['decode']:.2f}x")
+        for arm, title in (("full", "full"), ("sdtp", "**SDTP**")):
+            times = found[arm]
+            rows.append([
+                f"{n // 1024}K", title,
+                f"{found['weights_bytes'] / 1e9:.1f} GB", f"{times['kv_bytes'] / 1e9:.2f} GB",
+                f"{found['activation_bytes'] / 1e9:.1f} GB",
+                f"{times['compute_s']:.2f} s", f"{times['traffic_s']:.2f} s",
+                f"{times['prefill_s']:.2f} s", f"{1e3 * times['decode_s']:.1f} ms",
+                gains if arm == "sdtp" else "",
+            ])
+    return ["N", "arm", "weights", "KV", "activations", "arithmetic", "traffic", "prefill",
+            "decode, per token", "prefill speed-up (arithmetic, traffic); decode"], rows
+
+
+# ------------------------------------------------------------------------------ quality, by scorer
+
+
+def toy(found):
+    """Exact answers of the toy under every scorer, best first."""
+    rows = sorted(found["rows"], key=lambda row: -row["value"])
+    head = ["kept by", f"exact answers, {rows[0]['n']} fresh prompts of 400 to 434 tokens",
+            "asked facts' tokens alive at the end"]
+    return head, [[NAMES[row["scorer"]], f"{row['value']:.1%} ± {row['stderr']:.1%}",
+                   f"{row['fact_tokens_kept']:.0%}"] for row in rows]
+
+
+def every_scorer(found, only=NAMES):
+    """NLL per token of the scorers in `only`, best first."""
+    rows = [row for row in found["rows"] if row["scorer"] in only]
+    rows.sort(key=lambda row: row["value"])
+    head = ["kept by", f"NLL per token ({rows[0]['n']} rows)", "tokens kept, mean over blocks",
+            "share of the random-to-full gap"]
+    return head, [[NAMES[row["scorer"]], likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
+                  for row in rows]
+
+
+def short(found):
+    """The README's quality table: some scorers, without the tokens kept, which are the same."""
+    head, rows = every_scorer(found, only=SHORT)
+    return [*head[:2], head[3]], [[*row[:2], row[3]] for row in rows]
+
+
+SHORT = ("full", "oracle:norm_gx", "prior", "predictor", "earliest", "attention", "random",
+         "recent")
+
+TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ"}
+PER_BYTE = ("copa", "piqa")         # also scored by likelihood per byte
+CHOICE = [(task, shots) for shots in (0, 5) for task in TASKS]
+
+
+def by_metric(found):
+    return {(row["scorer"], row["metric"]): row for row in found["rows"]}
+
+
+def mean(tasks, scorer, value, error):
+    """Mean accuracy over tasks with its standard error: their rows differ, so are independent."""
+    rows = [by[scorer, "acc"] for by in tasks]
+    total = sum(row[value] for row in rows)
+    squares = sum(row[error] ** 2 for row in rows)
+    return points(total / len(rows), squares ** 0.5 / len(rows))
+
+
+def accuracies(title, by, scorers, metrics=("acc",)):
+    """A row of accuracies in percent; where there are two metrics, one / the other."""
+    row = [f"{title} ({by['full', 'acc']['n']} rows)"]
+    for scorer in scorers:
+        row.append(" / ".join(f"{100 * by[scorer, metric]['value']:.0f}" for metric in metrics))
+    return row
+
+
+def choice(*found):
+    """Table 3, a task in each row: accuracy, for two tasks also by likelihood per byte; means."""
+    *tasks, lambada = map(by_metric, found)
+    scorers = [scorer for scorer, metric in lambada if metric == "acc"]     # the first is full
+    rows = []
+    for (task, shots), by in zip(CHOICE, tasks):
+        metrics = ("acc", "acc_norm") if task in PER_BYTE else ("acc",)
+        rows.append(accuracies(f"{TASKS[task]}, {shots}-shot", by, scorers, metrics))
+    rows.append(accuracies("LAMBADA", lambada, scorers))
+    for shots in (0, 5):
+        these = [by for by, (_, number) in zip(tasks, CHOICE) if number == shots]
+        means = [mean(these, scorer, "value", "stderr") for scorer in scorers]
+        paired = [mean(these, scorer, "vs_full", "vs_full_stderr") for scorer in scorers[1:]]
+        rows += [[f"{shots}-shot mean", *means], ["against full (paired)", "", *paired]]
+    return ["accuracy, %", *(NAMES[scorer] for scorer in scorers)], rows
+
+
+LONG = {"smollm2_multi_news": "multi_news, summaries", "smollm2_qmsum": "QMSum, meetings",
+        "smollm2_dolly_f1": "Dolly, questions"}
+
+
+def long_prompts(*found):
+    """Table 1's columns; a set's name stands in the first of its rows."""
+    rows = []
+    for title, one in zip(LONG.values(), found):
+        by = by_metric(one)
+        metric, unit = ("f1", "F1") if ("full", "f1") in by else ("rouge_l", "ROUGE-L")
+        n, tokens = by["full", metric]["n"], one["prompt_tokens"][1]
+        name = f"{title} ({n} rows, {tokens:.0f} tokens)"
+        for scorer in dict.fromkeys(row["scorer"] for row in one["rows"]):
+            score, nll = by[scorer, metric], by[scorer, "nll"]
+            rows.append([
+                name, NAMES[scorer], f"{1 / score['mean_keep']:.2f}x",
+                f"{unit} {points(score['value'], score['stderr'])}", likelihood(nll), share(nll),
+                f"{by[scorer, 'prefill_speedup']['value']:.2f}x",
+                f"{by[scorer, 'e2e_speedup']['value']:.2f}x",
+            ])
+            name = ""
+    return ["rows", "kept by", "compression", "answer", "NLL of the reference",
+            "share of the gap", "prefill", "end to end"], rows
+
+
+def h2o(copa, piqa, dolly):
+    """Table 6."""
+    copa, piqa, dolly = by_metric(copa), by_metric(piqa), by_metric(dolly)
+    rows = []
+    for arm in ("full", "full+h2o", "predictor", "predictor+h2o", "full+local"):
+        tasks = (copa[arm, "acc"], piqa[arm, "acc"])
+        accuracy = [points(task["value"], task["stderr"]) for task in tasks]
+        nll = dolly[arm, "nll"]
+        against = "" if arm == "full" else plus(nll["vs_full"], nll["vs_full_stderr"])
+        rows.append([NAMES[arm], *accuracy, likelihood(nll), against])
+    return ["", f"COPA, 5-shot accuracy ({copa['full', 'acc']['n']} rows)",
+            f"PIQA, 5-shot accuracy ({piqa['full', 'acc']['n']} rows)",
+            f"Dolly, NLL ({dolly['full', 'nll']['n']} rows)", "NLL against full (paired)"], rows
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+ARMS = {"transformers": "transformers, full", "full": "full", "sdtp": "**SDTP**"}
+
+
+def speed_short(found):
+    """What pruning gives at each prompt length."""
+    rows = []
+    for row in found["bench"]:
+        full, sdtp, gain = row["full"], row["sdtp"], row["speedup"]
+        rows.append([
+            row["n"], f"{full['prefill_s']:.2f} s", f"{sdtp['prefill_s']:.2f} s",
+            f"{gain['prefill']:.2f}x of {row['ideal']:.2f}x = {row['share_of_ideal']:.0%}",
+            f"{1e3 * full['decode_s']:.1f} -> {1e3 * sdtp['decode_s']:.1f} ms",
+            f"{full['e2e_s']:.2f} -> {sdtp['e2e_s']:.2f} s = {gain['e2e']:.2f}x",
+        ])
+    return ["N", "prefill, full", "prefill, SDTP", "speed-up of its ideal",
+            "decode per token, full -> SDTP", "end to end, full -> SDTP"], rows
+
+
+def speed_arms(found):
+    """Table 2, measured: a row for each prompt length and arm."""
+    rows = []
+    for row in found["bench"]:
+        for name in [name for name in ARMS if name in row]:
+            arm = row[name]
+            rows.append([
+                row["n"], ARMS[name], f"{arm['prefill_s']:.3f} s",
+                f"{arm['flops_s'] / 1e9:.0f} GFLOP/s = {arm['of_peak']:.0%}",
+                f"{1e3 * arm['decode_s']:.1f} ms",
+                f"{arm['bytes_s'] / 1e9:.1f} GB/s = {arm['of_copy']:.0%}",
+                f"{arm['e2e_s']:.2f} s", f"{(arm['peak_bytes'] or 0) / 1e9:.2f} GB",
+                f"{arm['kv_bytes'] / 1e6:.0f} MB",
+            ])
+    first = found["bench"][0]
+    return ["N", "arm", "prefill", f"of the matmul peak, {first['peak_flops'] / 1e9:.0f} GFLOP/s",
+            "decode, per token",
+            f"of the copy bandwidth, {first['copy_bytes_s'] / 1e9:.1f} GB/s",
+            "end to end", "peak memory", "KV"], rows
+
+
+def speed_ratios(found):
+    """Table 2, measured: what pruning gives, and how the full model compares to transformers."""
+    rows = []
+    for row in found["bench"]:
+        gain = row["speedup"]
+        against = [f"{row['vs'][part]:.2f}x" for part in ("prefill", "decode") if "vs" in row]
+        rows.append([
+            row["n"],
+            f"{gain['prefill']:.2f}x of {row['ideal']:.2f}x = {row['share_of_ideal']:.0%}",
+            f"{gain['e2e']:.2f}x ({gain['e2e_by_floors']:.2f}x)", f"{row['pruning_share']:.1%}",
+            *(against or ["", ""]),
+        ])
+    return ["N", "SDTP, prefill speed-up of its ideal", "end to end (by the floors)",
+            "stages' share of its prefill", "full against transformers, prefill", "decode"], rows
+
+
+# --------------------------------------------------------------------------------------- ablations
+
+
+def variant(row):
+    return [row["scorer"], likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
+
+
+def variants(found, group=None):
+    """A table of lab/ablations.py, against its first variant; or one of its groups.
+
+    Full and random are the ends of the share. A group tells neither, the whole table random.
+    """
+    rows = [row for row in found["rows"] if row["scorer"] != "full"]
+    head = ["variant", f"NLL per token ({rows[0]['n']} rows)", "tokens kept", "share of the gap"]
+    if group:
+        rows = [row for row in rows if row["group"].startswith(group)]
+        return head, [variant(row) for row in rows if row["scorer"] != "random"]
+    against = []
+    for row in rows:
+        error = row.get("vs_first_stderr", 0)       # the first is paired with itself
+        gain = f"{100 * row['vs_first']:+.0f} ± {100 * error:.0f} points" if error else ""
+        against.append(gain)
+    return ([*head, "against the first variant (paired)"],
+            [[*variant(row), gain] for row, gain in zip(rows, against)])
+
+
+def keep_ratios(found):
+    """Every scorer at several keep ratios: its share of the gap, likeliest first."""
+    by = {(row["scorer"], row["keep"]): row for row in found["rows"]}
+    keeps = sorted({keep for _, keep in by}, reverse=True)
+    scorers = {scorer for scorer, _ in by} - {"full", "random"}
+    likeliest = sorted(scorers, key=lambda name: sum(by[name, keep]["value"] for keep in keeps))
+    rows = [[NAMES[name], *(share(by[name, keep]) for keep in keeps)] for name in likeliest]
+    for name in ("predictor", "random", "full"):
+        title = f"*NLL per token: {NAMES[name].strip('*')}*"
+        rows.append([title, *(f"{by[name, keep]['value']:.2f}" for keep in keeps)])
+    kept = [f"r = {keep:g}, {by['predictor', keep]['mean_keep']:.0%} kept" for keep in keeps]
+    return ["kept by", *kept], rows
+
+
+# ----------------------------------------------------------------------------------- all together
+
+
+class Table(NamedTuple):
+    make: Callable                  # what the files hold -> head, rows
+    files: tuple = ()               # names in results/
+
+
+def group(name, file="smollm2_open"):
+    return Table(partial(variants, group=name), (file,))
+
+
+TABLES = {
+    "equations": Table(equations),
+    "flops": Table(flop_table),
+    "plan": Table(plan_table),
+    "toy": Table(toy, ("toy_exact",)),
+    "quality": Table(short, ("smollm2_nll",)),
+    "nll": Table(every_scorer, ("smollm2_nll",)),
+    "text": Table(every_scorer, ("smollm2_text",)),
+    "choice": Table(choice, (*(f"smollm2_{task}_{shots}" for task, shots in CHOICE),
+                             "smollm2_lambada")),
+    "long": Table(long_prompts, tuple(LONG)),
+    "h2o": Table(h2o, ("smollm2_h2o_copa", "smollm2_h2o_piqa", "smollm2_h2o_nll")),
+    "speed": Table(speed_short, ("smollm2_speed_cpu",)),
+    "speed_arms": Table(speed_arms, ("smollm2_speed_cpu",)),
+    "speed_ratios": Table(speed_ratios, ("smollm2_speed_cpu",)),
+    "losses": Table(variants, ("smollm2_losses",)),
+    "targets": Table(variants, ("smollm2_targets",)),
+    "keep": Table(keep_ratios, ("smollm2_tradeoff",)),
+    "open": group("keep ratio"),
+    "allocation": group("allocation"),
+    "question": group("question"),
+    "data": group("training data"),
+    "figures": group("figure", "smollm2_figures"),
+}
+
+
+def render(text, page="README.md"):
+    """A page with every table made anew; a marker without a table gets its table."""
+    up = "../" * (len(Path(page).parts) - 1)
+
+    def table(match):
+        name = match[1]
+        need(name in TABLES, f"{page}: unknown table {name!r}; there are {', '.join(TABLES)}")
+        make, files = TABLES[name]
+        found = [result(file) for file in files]
+        parts = [markdown(*make(*found))]
+        if files:
+            parts.append(source(files, found, up))
+        return f"<!-- table {name} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
+
+    old_table = r"\n(?:(?!<!-- table ).)*?<!-- end -->"
+    return re.sub(rf"<!-- table (\w+) -->(?:{old_table})?", table, text, flags=re.S)
+
+
+def figures():
+    """Draw the pictures that come from results/ alone."""
+    curve(result("smollm2_training")["log"], ROOT / "results" / "smollm2_training.png")
+    rows = result("smollm2_tradeoff")["rows"]
+    full = next(row for row in rows if row["scorer"] == "full")
+    lines = {}
+    for row in rows:
+        if row["scorer"] != "full":
+            lines.setdefault(NAMES[row["scorer"]].strip("*"), []).append(row)
+    best_first = sorted(lines, key=lambda name: sum(row["value"] for row in lines[name]))
+    title = f"SmolLM2-135M-Instruct, {full['n']} held-out rows"
+    tradeoff({name: lines[name] for name in best_first}, full,
+             ROOT / "results" / "smollm2_keep.png", title)
+
+
+def main():
+    parser = command_parser(__doc__)
+    parser.add_argument("--figures", action="store_true", help="draw results/smollm2_training.png "
+                        "and results/smollm2_keep.png from the JSON beside them")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; fail if a table has drifted")
+    args = parser.parse_args()
+    if args.figures:
+        figures()
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = render(old, page)
+        if args.check:
+            wanted = "a table is not what results/ says; run python -m lab.tables"
+            need(new == old, f"{page}: {wanted}")
+        elif new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"{page}: tables written anew")
+
+
+if __name__ == "__main__":
+    cli(main)

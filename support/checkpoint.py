@@ -1,0 +1,336 @@
+"""A checkpoint directory in Hugging Face layout, read and checked: config.json, weights, tokenizer.
+
+model.load says how the tensors become a model. What is damaged, unknown or unsafe is refused here,
+in one line that names the file. Weights are safetensors; nothing is unpickled, no code is run.
+"""
+from pathlib import Path
+
+import torch
+
+from support.files import need, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = ("llama", "mistral", "qwen2")
+# A model that sets one of these otherwise computes something that Block does not.
+PLAIN = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False,
+         "use_sliding_window": False, "quantization_config": None, "partial_rotary_factor": 1.0}
+
+
+LLAMA3 = (8.0, 1.0, 4.0, 8192.0)
+# The shapes of `random:NAME`, which needs no files. The position limit is the default, 131,072, so
+# that long prompts can be timed.
+PUBLISHED = {
+    "llama-7b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 32, "head_dim": 128,
+                 "ffn": 11008, "vocab": 32000, "bos": 1, "eos": (2,)},
+    "mistral-7b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128,
+                   "ffn": 14336, "vocab": 32000, "rope_theta": 1e6, "bos": 1, "eos": (2,)},
+    "llama-3-8b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128,
+                   "ffn": 14336, "vocab": 128256, "rope_theta": 5e5, "rope_llama3": LLAMA3,
+                   "bos": 128000, "eos": (128001,)},
+    "llama-3-70b": {"dim": 8192, "n_blocks": 80, "n_heads": 64, "n_kv_heads": 8, "head_dim": 128,
+                    "ffn": 28672, "vocab": 128256, "rope_theta": 5e5, "rope_llama3": LLAMA3,
+                    "bos": 128000, "eos": (128001,)},
+}
+
+
+def describe(path):
+    """-> the checkpoint's directory and the fields of its model.Config; None for random:NAME."""
+    name = str(path)
+    if not name.startswith("random:"):
+        root = find(path)
+        return root, read_config(root / "config.json")
+    name = name.removeprefix("random:")
+    need(name in PUBLISHED, f"unknown shape {name!r}; there are {', '.join(PUBLISHED)}")
+    return None, PUBLISHED[name]
+
+
+def shape_of(name):
+    """The fields of model.Config: of a published shape, or of a checkpoint directory."""
+    return PUBLISHED.get(name) or read_config(find(name) / "config.json")
+
+
+def find(path):
+    """A checkpoint directory, looked for as given and then under checkpoints/."""
+    for place in (Path(path), ROOT / "checkpoints" / path):
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(f"no checkpoint {str(path)!r}: expected a directory with config.json, "
+                            "as given or under checkpoints/ (README.md says how to get one; "
+                            "random:llama-7b, random:mistral-7b, random:llama-3-8b need none)")
+
+
+def choose_device(device=None):
+    """The device of that name; without one cuda if there is any, else the cpu."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {str(device)!r} is not available here") from None
+    return device
+
+
+# ----------------------------------------------------------------------------------- config.json
+
+
+def read_config(path):
+    """config.json -> the fields of model.Config, a dict.
+
+    Both layouts are read: transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
+    """
+    raw = read_json(path)
+    need(isinstance(raw, dict), f"{path}: expected a JSON object")
+    family = raw.get("model_type")
+    need(family in FAMILIES,
+         f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
+    for name, plain in PLAIN.items():
+        value = raw.get(name)
+        need(value is None or value == plain, f"{path}: {name} = {value!r} is not supported")
+    tied = raw.get("tie_word_embeddings", False)
+    need(isinstance(tied, bool), f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
+    return {**read_shape(path, raw), **read_rope(path, raw), **read_ends(path, raw),
+            "tied": tied,
+            "qkv_bias": family == "qwen2",
+            "norm_eps": positive(path, raw, "rms_norm_eps", 1e-6),
+            "window": read_window(path, raw) if family == "mistral" else None}
+
+
+def read_shape(path, raw):
+    """The sizes of the decoder."""
+    dim = whole(path, raw, "hidden_size")
+    heads = whole(path, raw, "num_attention_heads")
+    kv_heads = whole(path, raw, "num_key_value_heads", heads)
+    need(heads % kv_heads == 0,
+         f"{path}: {heads} attention heads do not divide among {kv_heads} key/value heads")
+    head_dim = whole(path, raw, "head_dim", dim // heads, 2**24 // heads)
+    need(head_dim % 2 == 0, f"{path}: head_dim {head_dim} is odd, rotary positions turn pairs")
+    return {"dim": dim,
+            "n_blocks": whole(path, raw, "num_hidden_layers", largest=1000),
+            "n_heads": heads,
+            "n_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "ffn": whole(path, raw, "intermediate_size"),
+            "vocab": whole(path, raw, "vocab_size"),
+            "max_positions": whole(path, raw, "max_position_embeddings", 2048, 2**31)}
+
+
+def read_rope(path, raw):
+    """The base of the rotary positions; from Llama 3.1 on, how slow turns are slowed further."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), f"{path}: the rope settings are {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    need(kind in ("default", "llama3"),
+         f"{path}: rope type {kind!r} is not supported (default, llama3)")
+    need(rope.get("partial_rotary_factor", 1.0) == 1.0,
+         f"{path}: partial_rotary_factor is not supported")
+    llama3 = None
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor",
+                 "original_max_position_embeddings")
+        llama3 = tuple(positive(path, rope, name) for name in names)
+        need(llama3[2] > llama3[1], f"{path}: high_freq_factor must be above low_freq_factor")
+    theta = positive(path, rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
+    return {"rope_theta": theta, "rope_llama3": llama3}
+
+
+def read_window(path, raw):
+    """Mistral's sliding window; its first version has one without saying so."""
+    window = raw.get("sliding_window", 4096)
+    need(window is None or type(window) is int and window > 0,
+         f"{path}: sliding_window is {window!r}")
+    return window
+
+
+def read_ends(path, raw):
+    """The tokens that begin and end a text."""
+    bos, eos = raw.get("bos_token_id"), raw.get("eos_token_id")
+    if eos is None:
+        eos = []
+    elif not isinstance(eos, list):
+        eos = [eos]
+    ids = eos if bos is None else [*eos, bos]
+    need(all(type(token) is int and abs(token) < 2**30 for token in ids),
+         f"{path}: bos_token_id and eos_token_id must be whole numbers")
+    return {"bos": bos, "eos": tuple(eos)}
+
+
+def whole(path, raw, name, default=None, largest=2**24):
+    """A field that is a whole number from 1 to `largest`."""
+    value = raw.get(name)
+    value = default if value is None else value
+    need(type(value) is int and 0 < value <= largest,
+         f"{path}: {name} is {value!r}, expected a whole number from 1 to {largest}")
+    return value
+
+
+def positive(path, raw, name, default=None):
+    """A field that is a positive number."""
+    value = raw.get(name, default)
+    need(type(value) in (int, float) and 0 < value < 1e30,
+         f"{path}: {name} is {value!r}, expected a positive number")
+    return float(value)
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def shards(root):
+    """The safetensors files of a checkpoint -> (files, the file that messages about all name)."""
+    single, index = root / "model.safetensors", root / "model.safetensors.index.json"
+    if single.is_file():
+        return [single], single
+    need(index.is_file(),
+         f"{root}: neither model.safetensors nor model.safetensors.index.json is there")
+    raw = read_json(index)
+    places = raw.get("weight_map") if isinstance(raw, dict) else None
+    need(isinstance(places, dict) and places and all(type(p) is str for p in places.values()),
+         f"{index}: no weight_map of tensor names to files")
+    names = sorted(set(places.values()))
+    for name in names:              # a path could lead anywhere on this disk
+        need(Path(name).name == name and name not in ("", ".", ".."),
+             f"{index}: shard {name!r} is not a plain file name inside {root}")
+    return [root / name for name in names], index
+
+
+def read_whole(parameter, stored):
+    """The whole of a stored tensor, whatever parameter it is for."""
+    return stored[:]
+
+
+def fill_randomly(model, device):
+    """An empty model with random weights, which need no files: good for timing alone."""
+    model = model.to_empty(device=device)
+    for p in model.parameters():
+        here = p.data.to_local() if hasattr(p.data, "to_local") else p.data
+        if p.dim() > 1:
+            here.normal_(0, 0.02)
+        else:
+            here.fill_(1)
+    return model.eval().requires_grad_(False)
+
+
+def tensors(root, shapes, tied=False, device="cpu"):
+    """All tensors of a checkpoint, one at a time, checked; model.load puts them in place.
+
+    shapes: {name: the shape it has to have}. Yields (name, stored); stored[:] reads the whole
+    tensor, stored[a:b] only these rows. A tied head, and rotary frequencies, may be there and are
+    not read. Raises ValueError for what is missing, unknown, twice there, damaged or misshapen.
+    """
+    files, source = shards(root)
+    derived = ("rotary_emb.inv_freq", "lm_head.weight") if tied else "rotary_emb.inv_freq"
+    seen = set()
+    for file in files:
+        for name, stored in open_shard(file, device):
+            if not name.endswith(derived):
+                check_tensor(file, name, stored, shapes, seen)
+                seen.add(name)
+                yield name, stored
+    missing = [name for name in shapes if name not in seen]
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+
+
+def open_shard(file, device):
+    """Yields (name, stored) for every tensor of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+    need(file.is_file(), f"{file}: this shard is missing")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as f:
+            for name in f.keys():
+                yield name, f.get_slice(name)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: damaged or truncated safetensors file ({e})") from None
+
+
+def check_tensor(file, name, stored, shapes, seen):
+    """That a tensor has a place, its shape, and numbers that are weights."""
+    need(name in shapes, f"{file}: tensor {name!r} has no place in a model of this config.json")
+    shape = tuple(stored.get_shape())
+    need(shape == shapes[name],
+         f"{file}: {name} has shape {shape}, config.json asks for {shapes[name]}")
+    need(name not in seen, f"{file}: tensor {name!r} stands in two shards")
+    # eight bits are useless without their scales
+    need(stored.get_dtype() in ("F64", "F32", "F16", "BF16"),
+         f"{file}: {name} holds {stored.get_dtype()}, expected floating point weights")
+
+
+# ------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Text <-> token ids, as a checkpoint's tokenizer.model or tokenizer.json says.
+
+    tokenizer.model is read by sentencepiece, tokenizer.json by the optional package tokenizers.
+    """
+
+    def __init__(self, path):
+        root = find(path)
+        self.path, self.sp, self.hf = root, None, None
+        self.vocab = read_config(root / "config.json")["vocab"]
+        if (root / "tokenizer.model").is_file():
+            self.sp = open_sentencepiece(root / "tokenizer.model")
+            self.add_bos = reads_bos(root / "tokenizer_config.json")
+        elif (root / "tokenizer.json").is_file():
+            self.hf = open_tokenizers(root / "tokenizer.json")
+        else:
+            raise FileNotFoundError(f"{root}: no tokenizer.model and no tokenizer.json")
+
+    def encode(self, text, bos=True):
+        """Token ids of a text, a list.
+
+        bos: put the begin-of-text token first where the tokenizer has one; False to go on with
+        a text.
+        """
+        if self.hf:
+            ids = self.hf.encode(text, add_special_tokens=bos).ids
+        else:
+            ids = self.sp.encode(text)
+            if bos and self.add_bos and self.sp.bos_id() >= 0:
+                ids.insert(0, self.sp.bos_id())
+        largest = max(ids, default=0)
+        need(largest < self.vocab, f"{self.path}: the tokenizer gives id {largest}, by config.json "
+                                   f"the model knows {self.vocab} tokens")
+        return ids
+
+    def decode(self, ids):
+        """The text of token ids; special tokens are left out."""
+        if self.hf:
+            return self.hf.decode(ids, skip_special_tokens=True)
+        return self.sp.decode([i for i in ids if i < self.sp.vocab_size()])
+
+    def piece(self, token):
+        """One token as readable text, for pictures."""
+        if self.hf:
+            return self.hf.decode([token], skip_special_tokens=False)
+        if token >= self.sp.vocab_size():   # a model's vocabulary may be padded
+            return ""
+        return self.sp.id_to_piece(token).replace("\u2581", " ")
+
+
+def open_sentencepiece(file):
+    import sentencepiece
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        sp.id_to_piece(list(range(sp.vocab_size())))    # pieces that are no UTF-8 are known now
+        return sp
+    except (RuntimeError, OSError, ValueError) as e:
+        raise ValueError(f"{file}: not a sentencepiece model ({e})") from None
+
+
+def reads_bos(file):
+    """Whether tokenizer_config.json lets a text begin with the begin-of-text token."""
+    settings = read_json(file) if file.is_file() else {}
+    need(isinstance(settings, dict), f"{file}: expected a JSON object")
+    return settings.get("add_bos_token", True) is not False
+
+
+def open_tokenizers(file):
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError(f"{file.parent} has only a tokenizer.json: `pip install tokenizers` "
+                          "to read it") from None
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:          # the package raises bare Exception
+        raise ValueError(f"{file}: not a tokenizer file ({e})") from None

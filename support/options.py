@@ -1,0 +1,199 @@
+"""What all commands share: options, one-line errors, progress, and where a number comes from."""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from support.checkpoint import DTYPES, ROOT
+from support.data import TEMPLATES, encode_row, examples
+from support.files import need
+
+# ------------------------------------------------------------------------------------------ parsing
+
+
+def command_parser(doc):
+    """A parser whose --help begins with a module's docstring, as it is laid out there."""
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def at_least(minimum):
+    """For argparse: a whole number not below the minimum."""
+    def whole(text):
+        digits = text.removeprefix("-")
+        if not digits.isdigit() or len(text) > 12 or int(text) < minimum:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number, at least {minimum}, not {text!r}")
+        return int(text)
+    return whole
+
+
+SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
+    "first": (int, "the first stage stands after this block", 4),
+    "step": (int, "blocks between stages", 3),
+    "stages": (int, "number of stages", 10),
+    "keep": (float, "stage s keeps keep^s of the prompt", 0.9),
+    "sink": (int, "first tokens always kept", 4),
+    "local": (float, "share of last tokens always kept", 0.1),
+}
+
+
+def add_schedule_arguments(parser):
+    """The options of a prune.Schedule."""
+    for name, (kind, meaning, paper) in SCHEDULE_HELP.items():
+        parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (paper, 32 blocks: {paper})")
+
+
+def schedule_options(args):
+    """The fields of a Schedule that were given on the command line, a dict."""
+    given = {name: getattr(args, name, None) for name in SCHEDULE_HELP}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_data_arguments(parser, limit):
+    """The options by which every command chooses its rows."""
+    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the "
+                        "toy's own rows)")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: "
+                        "plain; where predictors are used, theirs)")
+    parser.add_argument("--context", action="store_true", help="only rows that have a context")
+    parser.add_argument("--question", choices=("first", "last"), default="first",
+                        help="where the instruction stands: before or after the context")
+    parser.add_argument("--min-prompt", type=at_least(1), default=1,
+                        help="shortest prompt, in tokens")
+    parser.add_argument("--max-prompt", type=at_least(1), default=2048,
+                        help="longest prompt, in tokens")
+    parser.add_argument("--max-response", type=at_least(1), default=96,
+                        help="responses are cut to this many tokens")
+    parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
+
+
+def add_pruning_arguments(parser):
+    """The options that say which model prunes by what; support.saved.load_pruning reads them."""
+    parser.add_argument("--ckpt", default="toy",
+                        help="checkpoint directory, as given or under checkpoints/, or random:NAME")
+    parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the "
+                                             "checkpoint directory)")
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES),
+                        help="default: bfloat16 on cuda, else float32")
+    add_schedule_arguments(parser)
+
+
+def add_tp_argument(parser):
+    parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's "
+                        "heads and SwiGLU among the processes (tensor parallel)")
+
+
+def add_json_argument(parser):
+    parser.add_argument("--json", action="store_true", help="print all that was measured as one "
+                        "JSON object on the last line")
+
+
+def rows_from(args, tokenizer, split, limit=None, template=None):
+    """The rows that the options of `add_data_arguments` ask for: Examples, at most `limit`."""
+    if limit == 0:
+        return []
+    need(args.data or Path(args.ckpt).name == "toy",
+         f"{args.ckpt} has no rows of its own: name a file with --data")
+    path = args.data or ROOT / "checkpoints" / "toy" / "train.jsonl"
+    return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt,
+                    args.max_prompt, args.max_response, args.context, limit or args.limit,
+                    args.question)
+
+
+def chosen_example(args, tokenizer):
+    """The row for Figure 1: --prompt with --response, or --row of the held-out rows."""
+    if args.prompt:
+        need(args.response, "--prompt needs --response: saliency is the gradient of the "
+                            "response's log-likelihood")
+        row = {"instruction": args.prompt, "response": args.response}
+        return encode_row(tokenizer, row, args.template or "plain", args.max_response)
+    rows = rows_from(args, tokenizer, "heldout", args.row + 1)
+    need(args.row < len(rows), f"--row {args.row}: there are {len(rows)} rows")
+    return rows[args.row]
+
+
+# --------------------------------------------------------------------------------------- running
+
+
+def cli(main):
+    """Run a command's main: bad input ends in one line on stderr and exit code 1."""
+    try:
+        main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
+        text = " ".join(str(e).split())
+        text = text if len(text) <= 1000 else text[:1000] + " ..."
+        text = f"{Path(sys.argv[0]).name}: {text}"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # The other processes may wait for this one: torchrun has to see that it is gone.
+            print(text, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(text)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+
+
+class Progress:
+    """One line on stderr that says how far a loop is, and how long the rest will take."""
+
+    def __init__(self, total, what):
+        self.total, self.what, self.done, self.start = total, what, 0, time.time()
+
+    def step(self):
+        self.done += 1
+        left = (time.time() - self.start) / self.done * (self.total - self.done)
+        line = f"\r{self.done}/{self.total} {self.what}, {left:.0f} s left "
+        print(line, end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+
+def command_line():
+    """The command that runs, as a reader would type it."""
+    script = Path(sys.argv[0])
+    if script.parent.name == "lab":
+        return " ".join(["python -m", f"lab.{script.stem}", *sys.argv[1:]])
+    return " ".join(["python", *sys.argv])
+
+
+def hardware(device):
+    """What numbers were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def print_json(args, model, result):
+    """With --json: all that was measured, and how, as one JSON object on the last line."""
+    if args.json:
+        names = ("ckpt", "shape", "scorer", "figure", "reduce")
+        how = {name: value for name, value in vars(args).items() if name in names}
+        where = provenance(model) if model else {"command": command_line()}
+        print(json.dumps({**where, **how, **result}))
+
+
+def provenance(model):
+    """What a result needs to be believed: command, commit, hardware, a dict."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:                 # no git here
+        commit = ""
+    return {"command": command_line(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "commit": commit or None, "hardware": hardware(model.device),
+            "dtype": str(model.dtype).removeprefix("torch.")}

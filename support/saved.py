@@ -1,0 +1,170 @@
+"""What a run leaves on disk, and reads again: trained predictors, and the state of a training.
+
+Both are safetensors files that say in their metadata what they belong to.
+"""
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model import load
+from predictor import Predictor
+from prune import Schedule
+from support.checkpoint import DTYPES, find
+from support.files import blame, load_tensors, need, save_tensors
+from support.options import schedule_options
+from support.parallel import join, tensor_parallel, world_size
+
+# -------------------------------------------------------------------------------------- predictors
+
+
+def fingerprint(config):
+    """A short hash of the backbone's shape, so that predictors are not used on another model."""
+    shape = asdict(config)
+    for name in ("bos", "eos", "max_positions"):    # the same weights may come with others
+        del shape[name]
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_predictors(path, predictors, config, schedule, **notes):
+    """Write the S modules trained for a model with `config`; notes are kept as metadata."""
+    metadata = {"schedule": json.dumps(asdict(schedule)), "fingerprint": fingerprint(config)}
+    metadata |= {key: str(value) for key, value in notes.items()}
+    save_tensors(path, predictors.state_dict(), metadata)
+
+
+def load_predictors(path, model, schedule=None):
+    """Read predictors made for `model` -> (nn.ModuleList on its device, in its dtype; metadata).
+
+    Of the metadata "schedule" is a dict and "prior" a number. If a schedule is given, its stages
+    must stand after the same blocks; another keep ratio is fine, a ranking serves any.
+    """
+    stored, metadata = load_tensors(path)
+    need("schedule" in metadata and "fingerprint" in metadata,
+         f"{path}: not a predictors file (no schedule in its metadata)")
+    ours = fingerprint(model.config)
+    need(metadata["fingerprint"] == ours, f"{path}: made for another model (config fingerprint "
+                                          f"{metadata['fingerprint']}, this model has {ours})")
+    with blame(path, "the schedule in its metadata is damaged"):
+        made = read_schedule(json.loads(metadata["schedule"]))
+        prior = float(metadata.get("prior", 0))
+        need(made.stages and abs(prior) < 1e6, "no stage, or no prior")
+    asked = stage_places(schedule or made)
+    need(asked == stage_places(made), f"{path}: predictors stand after blocks "
+                                      f"{stage_places(made)}, the schedule asks for {asked}")
+    with blame(path, f"its tensors are not those of {made.stages} predictors"):
+        need(all(t.dtype in DTYPES.values() and t.isfinite().all() for t in stored.values()),
+             "a weight is not finite, or no floating point number")
+        hidden = stored["0.up.weight"].shape[0]
+        with torch.device("meta"):  # shapes without memory: a damaged one may be of any size
+            modules = [Predictor(model.config.dim, hidden) for _ in range(made.stages)]
+        predictors = nn.ModuleList(modules)
+        predictors.load_state_dict(stored, assign=True)
+    predictors = predictors.to(device=model.device, dtype=model.dtype).eval()
+    return predictors.requires_grad_(False), {**metadata, "schedule": asdict(made), "prior": prior}
+
+
+def read_schedule(fields):
+    """A Schedule from a JSON object, every field of the right type."""
+    need(isinstance(fields, dict), "expected an object")
+    need(not fields.pop("shares", None), "a schedule of other shares than r^s is not read")
+    numbers = [fields.get(name, 0) for name in ("keep", "local")]
+    counts = [fields.get(name, 0) for name in ("first", "step", "stages", "sink")]
+    need(all(type(v) in (int, float) for v in numbers) and all(type(v) is int for v in counts),
+         "first, step, stages and sink are whole numbers, keep and local are numbers")
+    return Schedule(**fields)
+
+
+def stage_places(schedule):
+    """The blocks that the stages stand after, in a model of any depth."""
+    return [schedule.first + schedule.step * s for s in range(schedule.stages)]
+
+
+# ------------------------------------------------------------------------------ a model that prunes
+
+
+def load_pruning(args):
+    """-> model, schedule, predictors (None where there are none) and their metadata.
+
+    The schedule is what the options give, else the predictors' own, else the paper's, scaled.
+    """
+    device, parallel = join(args.device), bool(getattr(args, "tp", False))
+    need((world_size() > 1) == parallel, "--tp and torchrun --nproc-per-node N belong together: "
+                                         "neither is of use without the other")
+    split = tensor_parallel() if parallel else None
+    model = load(args.ckpt, DTYPES.get(args.dtype), device, split)
+    given, scaled = schedule_options(args), Schedule.scaled(len(model.blocks))
+    if args.ckpt.startswith("random:"):
+        schedule = replace(scaled, **given)
+        return model, schedule, untrained(model, schedule), {}
+    path = Path(args.predictors or find(args.ckpt) / "predictors.safetensors")
+    if not args.predictors and not path.is_file():
+        return model, replace(scaled, **given), None, {}
+    predictors, metadata = load_predictors(path, model)
+    schedule = replace(Schedule(**metadata["schedule"]), **given)
+    asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]
+    if any(name.startswith(("predictor", "prior", "compress")) for name in asked):
+        load_predictors(path, model, schedule)      # stages elsewhere are refused
+    return model, schedule, predictors, metadata
+
+
+def untrained(model, schedule):
+    """Predictors of the right size, to measure time with."""
+    stages = schedule.after(len(model.blocks))
+    predictors = nn.ModuleList(Predictor(model.config.dim) for _ in stages)
+    return predictors.to(device=model.device, dtype=model.dtype).requires_grad_(False)
+
+
+# -------------------------------------------------------------------------- the state of a training
+
+
+def save_state(path, predictors, optimizer, step, log, run):
+    """Write all that an unbroken run would have in memory after `step` steps.
+
+    run: a text that says which run this is. Rows and random numbers follow from seed and step.
+    """
+    state = {f"p.{name}": p for name, p in predictors.state_dict().items()}
+    for i, p in enumerate(predictors.parameters()):
+        state |= {f"o.{i}.{name}": t for name, t in optimizer.state.get(p, {}).items()}
+    save_tensors(path, state, {"step": str(step), "log": json.dumps(log), "settings": run})
+
+
+def load_state(path, predictors, optimizer, run):
+    """Read what save_state wrote into predictors and optimizer -> (steps done, log)."""
+    stored, metadata = load_tensors(path)
+    need({"step", "log", "settings"} <= set(metadata), f"{path}: not a training state")
+    need(metadata["settings"] == run, f"{path}: it belongs to a run with other settings, rows or "
+                                      "model; repeat that command, or start without --resume")
+    with blame(path, "damaged training state"):
+        step, log = int(metadata["step"]), json.loads(metadata["log"])
+        need(isinstance(log, list) and len(log) == step and all(type(e) is dict for e in log),
+             f"step {step} does not fit its log")
+        weights = {name[2:]: t for name, t in stored.items() if name.startswith("p.")}
+        predictors.load_state_dict(weights)
+        for i, p in enumerate(predictors.parameters()):
+            prefix = f"o.{i}."
+            state = {name.removeprefix(prefix): t for name, t in stored.items()
+                     if name.startswith(prefix)}
+            need(whole_state(p, state, step), f"parameter {i} or its optimiser state is damaged")
+            optimizer.state[p] = {name: t if name == "step" else t.to(p.device)
+                                  for name, t in state.items()}
+    return step, log
+
+
+def whole_state(p, state, step):
+    """Whether a parameter and its AdamW state (empty before the first step) can be gone on with."""
+    if not state:
+        return sane(p)
+    shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    if {name: t.shape for name, t in state.items()} != shapes:
+        return False
+    if not all(sane(t) for t in (p, *state.values())):
+        return False
+    return 1 <= state["step"] <= step and state["exp_avg_sq"].min() >= 0
+
+
+def sane(t):
+    return t.dtype == torch.float32 and bool((t.abs() < 1e9).all())

@@ -1,0 +1,113 @@
+"""lab/batch.py: prompts of different lengths in one batch, each row as if it were alone."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import SCHEDULE, command, tiny_model
+from infer import generate
+from lab.batch import generate_batch, until
+from lab.scorers import attention_scorer, norm_scorer, with_prior
+from model import PAD
+from prune import predictor_scorer, prefill
+
+
+def full(model):
+    return None, None
+
+
+def norm(model):
+    return SCHEDULE, norm_scorer()
+
+
+def attention(model):
+    return SCHEDULE, attention_scorer(model, SCHEDULE)
+
+
+def prior(model):
+    torch.manual_seed(0)
+    predictors = [nn.Linear(48, 2) for _ in range(SCHEDULE.stages)]
+    return SCHEDULE, with_prior(predictor_scorer(predictors), 0.3)
+
+
+@pytest.fixture
+def prompts(tokens):
+    """Four prompts of 48, 31, 6 and 1 tokens."""
+    first, second = tokens.tolist()
+    return [first[:48], second[:31], second[5:11], first[10:11]]
+
+
+def pad(prompts):
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("arm", [full, norm, attention, prior])
+def test_a_batch_is_read_as_its_rows_alone(prompts, arm, window):
+    model = tiny_model(window=window)
+    arm = arm(model)
+    lengths = [len(prompt) for prompt in prompts]
+    logits, caches, trace = prefill(model, pad(prompts), *arm, lengths=lengths)
+    for b, prompt in enumerate(prompts):
+        alone, own, stages = prefill(model, torch.tensor([prompt]), *arm)
+        assert torch.allclose(logits[b], alone[0], atol=1e-5)
+        assert len(trace) == len(stages)
+        for stage, single in zip(trace, stages):
+            kept = stage.kept[b]
+            assert torch.equal(kept[kept < PAD], single.kept[0])
+        for cache, single in zip(caches, own):
+            pos = cache.pos[b]
+            assert torch.equal(pos[pos < PAD], single.pos[0])
+            assert torch.allclose(cache.k[b, :, :single.n], single.k[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("arm", [full, norm, attention, prior])
+def test_a_batch_goes_on_as_its_rows_alone(prompts, arm, window):
+    model = tiny_model(window=window)
+    arm = arm(model)
+    new = generate_batch(model, prompts, 7, *arm, eos=())
+    alone = [generate(model, torch.tensor([prompt]), 7, *arm, eos=()).tokens for prompt in prompts]
+    assert new == alone
+    stop = new[1][3]
+    cut = [row[:row.index(stop) + 1] if stop in row else row for row in new]
+    assert generate_batch(model, prompts, 7, *arm, eos=(stop,)) == cut
+
+
+def test_the_choice_of_a_token_is_the_callers(tiny, prompts):
+    made = generate_batch(tiny, prompts, 3, eos=(), pick=lambda logits: logits.argmin(-1, True))
+    assert len(made) == 4
+    for prompt, row in zip(prompts, made):
+        unlikeliest = tiny(torch.tensor([prompt]))[0, -1].argmin().item()
+        assert row[0] == unlikeliest
+
+
+def test_a_bad_batch_is_refused(tiny, tokens):
+    for lengths in ([48, 30], [60, 0], [60]):
+        with pytest.raises(ValueError, match="lengths"):
+            prefill(tiny, tokens, lengths=lengths)
+    for prompts, new in (([], 3), ([[1], []], 3), ([[1]], 0)):
+        with pytest.raises(ValueError, match="no empty one"):
+            generate_batch(tiny, prompts, new)
+    last_queries = attention_scorer(tiny, SCHEDULE, 16)
+    with pytest.raises(ValueError, match="one length"):
+        prefill(tiny, tokens, SCHEDULE, last_queries, lengths=[60, 20])
+
+
+def test_a_text_ends_with_the_first_eos():
+    assert until([3, 1, 2, 1], (1, 2)) == [3, 1]
+    assert until([3, 1], ()) == [3, 1]
+
+
+def test_the_command_answers_the_toys_rows():
+    code, out, err = command("-m", "lab.batch", "--batch", 4, "--max-new-tokens", 8, "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert "4 rows in one batch" in out
+    assert [told["arm"] for told in found["batch"]] == ["full", "sdtp"]
+    for told in found["batch"]:
+        assert len(told["texts"]) == 4
+        right = sum(f"{text!r}   right {text!r}" in out for text in told["texts"])
+        assert right >= 3, out

@@ -1,0 +1,135 @@
+"""lab/speed.py: the arms of `infer.py --bench` beside the device's ceilings and transformers."""
+import json
+
+import pytest
+import torch
+
+from conftest import SCHEDULE, command, tiny_model
+from infer import generate
+from lab import speed
+from lab.scorers import random_scorer
+from lab.speed import Ceilings
+from model import hf_name
+from prune import flops, kv_bytes, prefill
+
+MEASURED = {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Ceilings that need no measuring."""
+    best = Ceilings(1e12, 1e10)
+    monkeypatch.setattr(speed, "ceilings", lambda device, dtype: best)
+    return best
+
+
+def test_both_arms_are_measured(tiny):
+    rows = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=2)
+    assert [row["n"] for row in rows] == [40]
+    full, sdtp = rows[0]["full"], rows[0]["sdtp"]
+    tokens = torch.zeros(1, 40, dtype=torch.long)
+    for arm, told in (((None, None), full), ((SCHEDULE, random_scorer()), sdtp)):
+        assert MEASURED <= set(told)
+        assert told["prefill_s"] > 0
+        assert told["decode_s"] > 0
+        assert told["kv_bytes"] == generate(tiny, tokens, 3, *arm, eos=()).kv_bytes
+    assert sdtp["kv_bytes"] < full["kv_bytes"]
+    assert 1 < rows[0]["ideal"] < 3
+    assert rows[0]["pruning_s"] > 0
+    assert full["of_peak"] > 0
+
+
+def test_what_is_reached_of_the_ceilings(tiny, quick):
+    row = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=5, repeats=1)[0]
+    assert (row["peak_flops"], row["copy_bytes_s"]) == quick
+    embed = tiny.embed.weight.numel()
+    read = 4 * (sum(p.numel() for p in tiny.parameters()) - embed)     # the head is another tensor
+    floors = []
+    for name, counts in (("full", [40] * 6), ("sdtp", SCHEDULE.counts(40, 6))):
+        arm = row[name]
+        used = flops(tiny.config, counts, schedule=SCHEDULE if name == "sdtp" else None)
+        moved = read + kv_bytes(tiny.config, [n + 2 for n in counts], 4)
+        assert arm["flops"] == used
+        assert arm["of_peak"] == pytest.approx(used / arm["prefill_s"] / 1e12)
+        assert arm["of_copy"] == pytest.approx(moved / arm["decode_s"] / 1e10)
+        floors.append(used / 1e12 + 4 * moved / 1e10)
+    assert row["speedup"]["e2e_by_floors"] == pytest.approx(floors[0] / floors[1])
+    assert row["pruning_share"] == row["pruning_s"] / row["sdtp"]["prefill_s"]
+
+
+def test_without_decode_nothing_is_said_of_it(tiny, quick):
+    row = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=1, repeats=1)[0]
+    for name in ("full", "sdtp"):
+        assert row[name]["decode_s"] == row[name]["bytes_s"] == row[name]["of_copy"] == 0.0
+        assert row[name]["e2e_s"] == row[name]["prefill_s"]
+
+
+def test_the_stages_timed_are_those_of_a_prefill(tiny, tokens):
+    """Selection and drop on their own find what prefill finds; only the states differ."""
+    seen = []
+
+    def by_place(stage, x, pos):
+        seen.append(pos)
+        return pos.float().sin()
+
+    speed.pruning_seconds(tiny, tokens[:1], SCHEDULE, by_place, repeats=1)
+    timed = seen[::3]               # each stage is run to warm up, to be timed, and to go on
+    trace = prefill(tiny, tokens[:1], SCHEDULE, by_place)[2]
+    assert len(timed) == len(trace) == 4
+    for pos, stage in zip(timed, trace):
+        assert torch.equal(pos, stage.seen)
+
+
+@pytest.mark.parametrize("changes", [{"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)}])
+def test_transformers_runs_on_the_same_weights(changes, quick):
+    pytest.importorskip("transformers")
+    model = tiny_model(**changes)
+    row = speed.bench(model, [40], SCHEDULE, random_scorer(), new=2, repeats=1,
+                      vs="transformers")[0]
+    assert row["vs"]["logits_differ_by"] < 1e-4
+    assert row["vs"]["prefill"] > 0
+    assert row["vs"]["decode"] > 0
+    assert MEASURED <= set(row["transformers"])
+    assert row["transformers"]["flops"] == row["full"]["flops"]
+    theirs = dict(speed.as_transformers(model).named_parameters())
+    for name, p in model.named_parameters():
+        assert theirs[hf_name(name)].data_ptr() == p.data_ptr(), "shared, not copied"
+
+
+@pytest.mark.parametrize("changes", [{"window": 11}, {"qkv_bias": True}])
+def test_what_transformers_llama_cannot_be_is_refused(changes):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="are not compared"):
+        speed.as_transformers(tiny_model(**changes))
+
+
+def test_a_profile_names_the_operators(tiny, capsys):
+    found = speed.profile(tiny, 40, SCHEDULE, random_scorer())
+    assert list(found) == ["full", "sdtp"]
+    for told in found.values():
+        operators, shares = zip(*told)
+        assert "aten::mm" in operators
+        assert list(shares) == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 1
+    assert "full, 40 tokens: " in capsys.readouterr().out
+
+
+def test_the_command_writes_what_the_tables_and_the_picture_read(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lab.tables import speed_arms, speed_ratios, speed_short
+    code, out, err = command("-m", "lab.speed", "--lengths", 64, 96, "--max-new-tokens", 2,
+                             "--repeats", 1, "--png", tmp_path / "cost.png", "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert [row["n"] for row in found["bench"]] == [64, 96]
+    assert found["command"].startswith("python -m lab.speed --lengths 64 96 ")
+    for table in (speed_arms, speed_ratios, speed_short):
+        head, rows = table(found)
+        assert len(rows) in (2, 4)
+        assert all(len(row) == len(head) for row in rows)
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_lengths_below_1_are_refused(leaves, capsys):
+    assert leaves("lab/speed.py", "--lengths", 0) == 2
+    assert "expected a whole number, at least 1" in capsys.readouterr().err
