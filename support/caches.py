@@ -87,7 +87,7 @@ def pick(memory, index):
 
 
 class StaticCache(KVCache):
-    """Decode in shapes that never change, as a compiled step and a CUDA graph need them.
+    """Decode in shapes that never change, as a CUDA graph needs them.
 
     The whole memory is attended to; free places stand at PAD, where no query looks. The place of
     the next token is a number on the device. The prompt goes in first and in one piece.
@@ -99,9 +99,7 @@ class StaticCache(KVCache):
         self.k.zero_()              # not seen, but 0 times what memory happened to hold may be nan
         self.v.zero_()
         self.slot = torch.zeros(1, device=device, dtype=torch.long)
-        if self.k.is_cuda:          # a CUDA graph may write into this memory
-            for memory in (self.k, self.v, self.pos, self.slot):
-                torch._dynamo.mark_static_address(memory, guard=False)
+        self.warm, self.graph = False, None         # of the first block's cache, see `recorded`
 
     def append(self, k, v, pos):
         """Add k, v (B, G, n, d), pos (B, n) -> the prompt as KVCache, then the whole memory."""
@@ -127,10 +125,39 @@ def compile_model(model, extend):
     """torch.compile the blocks, attention apart -> options of `generate` for a compiled decode.
 
     Attention stays as it is because of the cache, whose lengths would each be compiled anew. The
-    step, prune.extend, decodes in static shapes; on cuda it is a CUDA graph.
+    step, prune.extend, decodes in static shapes; on cuda it is recorded as a CUDA graph.
     """
     torch._dynamo.config.recompile_limit = 32       # a graph for each number of pieces
     for block in model.blocks:
         block.qkv = torch.compile(block.qkv, dynamic=True)
         block.feed_forward = torch.compile(block.feed_forward, dynamic=True)
-    return {"step": torch.compile(extend, mode="reduce-overhead"), "cache": StaticCache}
+    step = partial(recorded, extend) if model.device.type == "cuda" else extend
+    return {"step": step, "cache": StaticCache}
+
+
+def recorded(extend, model, token, pos, caches, end):
+    """extend(model, token, pos, caches, end) as a CUDA graph, one for each list of StaticCaches.
+
+    The first step runs as it is: what may not be recorded is done then. The second is recorded,
+    and from then on replayed. The logits are the same memory every time.
+    """
+    first = caches[0]               # the graph lives as long as the memory that it works on
+    if not first.warm:
+        first.warm = True
+        return extend(model, token, pos, caches, end)
+    if first.graph is None:
+        first.graph = record(extend, model, token, pos, caches, end)
+    graph, logits, *places = first.graph
+    for place, value in zip(places, (token, pos)):
+        place.copy_(value)
+    graph.replay()
+    return logits
+
+
+def record(extend, model, token, pos, caches, end):
+    """-> a CUDA graph of one step, the logits it writes, and the token and position it reads."""
+    token, pos = token.clone(), pos.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):   # nothing runs in here
+        logits = extend(model, token, pos, caches, end)
+    return graph, logits, token, pos

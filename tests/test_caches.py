@@ -1,16 +1,20 @@
 """support/caches.py: H2O against a slow specification, static decode against plain decode."""
+import gc
 import math
+import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import SCHEDULE, tiny_model
 from infer import generate
 from lab.scorers import norm_scorer, random_scorer
 from model import positions
 from prune import drop, extend, prefill
-from support.caches import StaticCache, compile_model, h2o
+from support.caches import StaticCache, compile_model, h2o, recorded
 
 UNPRUNED = (None, None)
 ARMS = [pytest.param(UNPRUNED, id="full"),
@@ -205,6 +209,84 @@ def test_free_places_are_never_seen(tiny, tokens):
 # ---------------------------------------------------------------------------------------- compiled
 
 
+class Tape(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph on a CPU.
+
+    As there, what is called while it records changes nothing, and a replay calls it again on the
+    same memory, whatever Python would do by then.
+    """
+
+    made = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+        Tape.made.append(weakref.ref(self))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            self.before += [(t, t.clone()) for t in tensors]
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+        self.before = None
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            again = tree_leaves(function(*args, **kwargs))
+            for place, value in zip(tree_leaves(out), again, strict=True):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Record on tapes -> weak references to all that are made."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    monkeypatch.setattr(Tape, "made", [])
+    return Tape.made
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_recorded_step_replays_what_plain_decode_does(tokens, tapes, window, arm):
+    model = tiny_model(window=window)
+    step, prompt = partial(recorded, extend), tokens[:1, :48]
+    _, plain, _ = prefill(model, prompt, *arm, room=8)
+    _, static, _ = prefill(model, prompt, *arm, room=8, cache=StaticCache)
+    for i in range(48, 56):
+        token, pos = tokens[:1, i:i + 1], torch.tensor([[i]])
+        a = extend(model, token, pos, plain, 56)
+        b = step(model, token, pos, static, 56)
+        assert torch.allclose(a, b, atol=1e-5), i
+    assert len(tapes) == 1
+    assert [cache.bytes for cache in plain] == [cache.bytes for cache in static]
+    a = generate(model, tokens[:1], 12, *arm, eos=())
+    b = generate(model, tokens[:1], 12, *arm, eos=(), cache=StaticCache, step=step)
+    assert a.tokens == b.tokens
+    assert a.kv_bytes == b.kv_bytes
+
+
+def test_a_recording_goes_with_its_caches(tiny, tokens, tapes):
+    """No circle of references keeps a long prompt's memory until some later collection."""
+    step = partial(recorded, extend)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            generate(tiny, tokens[:1], 5, eos=(), cache=StaticCache, step=step)
+        assert [tape() for tape in tapes] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_cuda_graph_decodes_what_plain_decode_does(tokens, arm):
@@ -230,8 +312,13 @@ def answers(model, tokens, **options):
     return found
 
 
-def test_compiled_blocks_generate_the_same(tiny, tokens, monkeypatch):
+def test_compiling_makes_few_graphs_for_all_lengths(tiny, tokens, monkeypatch):
+    """Not one more for a block, an arm, a prompt's length or a number of new tokens."""
     plain = answers(tiny, tokens)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     options = compile_model(tiny, extend)
     assert answers(tiny, tokens, **options) == plain
+    assert counters["stats"]["unique_graphs"] <= 4      # qkv and feed_forward, one token and more
