@@ -240,10 +240,9 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend=causal_attention):
         """x (B, n, D) -> (B, n, D). attend(q, k, v, rope) -> (B, H, n, d) says who sees whom."""
-        q, k, v = self.qkv(x, rope)
-        y = attend(q, k, v, rope)
-        y = y.transpose(1, 2).flatten(2)                            # (B, n, H*d)
-        return self.feed_forward(x + self.o(y))
+        y = attend(*self.qkv(x, rope), rope)                        # (B, H, n, d)
+        y = self.o(y.transpose(1, 2).flatten(2))                    # (B, n, H*d) -> (B, n, D)
+        return self.feed_forward(x + y)
 
     def qkv(self, x, rope):
         """x (B, n, D) -> q, k, v, with q and k turned to their tokens' positions."""
@@ -272,8 +271,8 @@ class Block(nn.Module):
         return out
 
     def swiglu(self, h):
-        gate = F.silu(self.gate(h))
-        return self.down(gate * self.up(h))
+        # in one expression: a name would hold a wide intermediate in memory for longer
+        return self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class Llama(nn.Module):
