@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -143,6 +145,42 @@ def leaves(monkeypatch):
             cli(module.main)
         return ended.value.code
     return run
+
+
+# --------------------------------------------------------------------------- tests that only wait
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `beside` come last, so that the others run while their commands do."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+def pytest_collection_finish(session):
+    """Start the `beside` tests, one after the other in a thread: a core of two would be idle."""
+    if session.config.option.collectonly:
+        return
+    session.beside = ThreadPoolExecutor(1)
+    session.folder = tempfile.TemporaryDirectory(prefix="beside")   # deleted with the session
+    for item in session.items:
+        if item.get_closest_marker("beside"):
+            names = item._fixtureinfo.argnames                      # tmp_path, or nothing
+            folders = [Path(tempfile.mkdtemp(dir=session.folder.name)) for _ in names]
+            item.begun = session.beside.submit(item.obj, *folders)
+
+
+def pytest_sessionfinish(session):
+    """Do not begin what nobody waits for any more, after Ctrl-C or with -x."""
+    if hasattr(session, "beside"):
+        session.beside.shutdown(wait=False, cancel_futures=True)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that was begun beside the others only has to be waited for."""
+    begun = getattr(pyfuncitem, "begun", None)
+    if begun is None:
+        return None
+    begun.result()
+    return True
 
 
 # ---------------------------------------------------------------------------------- the exercises

@@ -210,6 +210,7 @@ def run(*words):
     return json.loads(out.splitlines()[-1])["rows"]
 
 
+@pytest.mark.beside
 def test_a_table_is_trained_measured_and_kept(tmp_path):
     words = ("--table", "targets", "--rows", 4, "--limit", 2, "--epochs", 1, "--work", tmp_path)
     rows = run(*words)

@@ -101,6 +101,7 @@ def test_a_text_ends_with_the_first_eos():
     assert until([3, 1], ()) == [3, 1]
 
 
+@pytest.mark.beside
 def test_the_command_answers_the_toys_rows():
     code, out, err = command("-m", "lab.batch", "--batch", 4, "--max-new-tokens", 8, "--json")
     assert code == 0, err

@@ -212,6 +212,7 @@ def test_toy_on_disk_is_small_and_its_tokenizer_round_trips():
 # ------------------------------------------------------------------------------------ command lines
 
 
+@pytest.mark.beside
 def test_infer_command(tmp_path):
     page = tmp_path / "page.html"
     code, out, err = command("infer.py", "--json", "--html", page)
@@ -223,6 +224,7 @@ def test_infer_command(tmp_path):
     assert page.is_file()
 
 
+@pytest.mark.beside
 def test_bench_command():
     code, out, err = command("infer.py", "--bench", 64, "--max-new-tokens", 2, "--repeats", 1,
                              "--json")
@@ -264,6 +266,7 @@ def test_random_weights_have_nothing_to_say(leaves, monkeypatch):
     assert ended == "infer.py: random weights have nothing to say: use --bench"
 
 
+@pytest.mark.beside
 def test_a_bad_command_writes_one_line_and_no_traceback():
     code, _, err = command("infer.py", "--keep", 0)
     assert code == 1

@@ -63,6 +63,7 @@ def assert_same_file(a, b):
     assert json.loads(metadata.get("log", "0")) == json.loads(notes.get("log", "0"))
 
 
+@pytest.mark.beside
 def test_five_kills_change_nothing_in_training(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     names = ("predictors.safetensors", "train_state.safetensors")
@@ -83,6 +84,7 @@ def test_five_kills_change_nothing_in_training(tmp_path):
     assert not list(broken.glob(".*")), "something is left lying about"
 
 
+@pytest.mark.beside
 def test_a_killed_evaluation_goes_on_row_by_row(tmp_path):
     words = ["-m", "lab.quality", "--scorers", "full", "predictor", "random", "--limit", 12,
              "--json"]

@@ -46,8 +46,10 @@ SECONDS = 20                        # what one case may take
 MEGABYTES = 400                     # and its memory above that of undamaged files
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads memory from /proc")
+@pytest.mark.beside
 def test_damaged_files_are_used_or_refused_in_one_clear_line():
+    if sys.platform != "linux":
+        pytest.skip("forks, and reads memory from /proc")
     words = [sys.executable, __file__, "--count", "600", "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     print(done.stdout)

@@ -96,6 +96,7 @@ def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
     assert [entry["loss"] for entry in log] == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.beside
 def test_what_does_not_divide_or_belong_is_refused(tmp_path):
     uneven = refused(*TORCHRUN, "train.py", "--accum", 3, "--out", tmp_path)
     assert "--accum 3 rows a step in batches of 1 do not divide among 2 processes" in uneven
@@ -110,6 +111,7 @@ def test_what_does_not_divide_or_belong_is_refused(tmp_path):
 # ------------------------------------------------------------------------------- tensor parallel
 
 
+@pytest.mark.beside
 def test_tensor_parallel_writes_the_same_text():
     one, two = alone("infer.py", "--json"), both("infer.py", "--tp", "--json")
     for name in ("full", "sdtp"):
@@ -119,12 +121,14 @@ def test_tensor_parallel_writes_the_same_text():
     assert one["stage_of"] == two["stage_of"]
 
 
+@pytest.mark.beside
 def test_tensor_parallel_answers_a_batch_the_same():
     words = ["-m", "lab.batch", "--batch", 3, "--max-new-tokens", 6, "--json"]
     one, two = alone(*words)["batch"], both(*words, "--tp")["batch"]
     assert [told["texts"] for told in one] == [told["texts"] for told in two]
 
 
+@pytest.mark.beside
 def test_tensor_parallel_measures_the_same_and_goes_on(tmp_path):
     words = ["-m", "lab.quality", "--json", "--scorers", "full", "predictor", "random",
              "oracle:norm_gx", "predictor+h2o"]

@@ -241,6 +241,7 @@ def test_a_damaged_rows_file_is_refused_and_left_alone(tmp_path, text, message):
     assert log.read_text() == text
 
 
+@pytest.mark.beside
 def test_the_command_goes_on_with_a_larger_limit(tmp_path):
     log = tmp_path / "rows.jsonl"
     words = ("-m", "lab.quality", "--scorers", "full", "random", "predictor", "--rows-file", log,

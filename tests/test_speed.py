@@ -114,6 +114,7 @@ def test_a_profile_names_the_operators(tiny, capsys):
     assert "full, 40 tokens: " in capsys.readouterr().out
 
 
+@pytest.mark.beside
 def test_the_command_writes_what_the_tables_and_the_picture_read(tmp_path):
     pytest.importorskip("matplotlib")
     from lab.tables import speed_arms, speed_ratios, speed_short
