@@ -29,7 +29,7 @@ from support.parsers import check_inference, infer_parser
 from support.printing import BENCH_HEAD, print_bench
 from support.sampling import greedy, sampler
 from support.saved import load_pruning
-from support.timing import bench_row, clock, take_turns
+from support.timing import bench_row, clock, random_prompt, take_turns
 
 
 class Generation(NamedTuple):
@@ -100,9 +100,7 @@ def side_by_side(model, tokens, arms, new, **options):
 
 def both_arms(model, n, schedule, scorer, **options):
     """Full and SDTP on n random tokens: {name: run(new tokens) -> prefill and decode seconds}."""
-    generator = torch.Generator().manual_seed(n)
-    tokens = torch.randint(model.config.vocab, (1, n), generator=generator)
-    tokens = tokens.to(model.device)
+    tokens = random_prompt(model, n)
 
     def run(arm, new):
         made = generate(model, tokens, new, *arm, eos=(), **options)

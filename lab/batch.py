@@ -63,9 +63,7 @@ def until(tokens, eos):
 
 def batch_parser():
     parser = command_parser(__doc__)
-    add_pruning_arguments(parser)
-    parser.add_argument("--scorer", choices=SCORERS, default="predictor",
-                        help="what ranks the tokens")
+    add_pruning_arguments(parser, SCORERS)
     parser.add_argument("--data", help="JSONL whose held-out rows are answered (default with the "
                                        "toy: its own)")
     parser.add_argument("--batch", type=at_least(1), default=8, metavar="B",

@@ -27,7 +27,7 @@ from support.files import need
 from support.options import (add_json_argument, add_pruning_arguments, at_least, cli,
                              command_parser, hardware, print_json)
 from support.saved import load_pruning
-from support.timing import bench_row, clock, take_turns
+from support.timing import bench_row, clock, random_prompt, take_turns
 
 # ---------------------------------------------------------------------------------------- floors
 
@@ -92,12 +92,6 @@ def arms_of(row):
 
 
 # ------------------------------------------------------------------------------------- the stages
-
-
-def random_prompt(model, n):
-    """The n tokens (1, n) that `infer.both_arms` reads."""
-    generator = torch.Generator().manual_seed(n)
-    return torch.randint(0, model.config.vocab, (1, n), generator=generator).to(model.device)
 
 
 @torch.no_grad()
@@ -286,9 +280,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **optio
 
 def speed_parser():
     parser = command_parser(__doc__)
-    add_pruning_arguments(parser)
-    parser.add_argument("--scorer", choices=SCORERS, default="predictor",
-                        help="what ranks the tokens")
+    add_pruning_arguments(parser, SCORERS)
     parser.add_argument("--lengths", type=at_least(1), nargs="+", metavar="N",
                         default=[512, 1024, 2048, 4096], help="prompt lengths")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)

@@ -74,8 +74,14 @@ def add_data_arguments(parser, limit):
     parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
 
 
-def add_pruning_arguments(parser):
-    """The options that say which model prunes by what; support.saved.load_pruning reads them."""
+def add_pruning_arguments(parser, scorers=()):
+    """The options that say which model prunes by what; support.saved.load_pruning reads them.
+
+    scorers: the names that --scorer may have, where a command takes one.
+    """
+    if scorers:
+        parser.add_argument("--scorer", choices=scorers, default="predictor",
+                            help="what ranks the tokens")
     parser.add_argument("--ckpt", default="toy",
                         help="checkpoint directory, as given or under checkpoints/, or random:NAME")
     parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the "

@@ -97,9 +97,7 @@ def train_parser(doc, defaults):
 
 def infer_parser(doc, scorers):
     parser = command_parser(doc)
-    add_pruning_arguments(parser)
-    parser.add_argument("--scorer", choices=scorers, default="predictor",
-                        help="what ranks the tokens")
+    add_pruning_arguments(parser, scorers)
     parser.add_argument("--prompt", help="the user's text")
     parser.add_argument("--prompt-file", help="the user's text, from a file")
     parser.add_argument("--data", help="take the prompt from a row of this JSONL (default with "

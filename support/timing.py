@@ -30,6 +30,13 @@ def peak_memory(device, reset=False):
         return None
 
 
+def random_prompt(model, n):
+    """n tokens drawn from the vocabulary, the same for the same n: (1, n) on the device."""
+    generator = torch.Generator().manual_seed(n)
+    tokens = torch.randint(model.config.vocab, (1, n), generator=generator)
+    return tokens.to(model.device)
+
+
 def take_turns(device, arms, new, repeats):
     """Times of several arms, {name: run(new tokens) -> (prefill seconds, decode seconds)}.
 
