@@ -265,11 +265,10 @@ def train(model, predictors, optimizer, rows, schedule, recipe, done=0, marker=m
 
 def rate(step, steps, warmup):
     """Share of the peak learning rate: linear warm-up, then a cosine down to a tenth."""
-    if step < warmup * steps:
-        return (step + 1) / (warmup * steps)
-    past = step - warmup * steps
-    falling = max(1, (1 - warmup) * steps)
-    turn = math.pi * past / falling
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    turn = math.pi * (step - rising) / (steps - rising)
     return 0.1 + 0.45 * (1 + math.cos(turn))
 
 

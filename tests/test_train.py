@@ -1,5 +1,6 @@
 """train.py: what each loss reaches, the masks, resuming after any stop, what must not go on."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -290,12 +291,19 @@ def test_stages_past_the_last_block_get_no_predictors(tmp_path):
         short_run(tmp_path, 1, schedule=Schedule(6, 1, 1, 0.8))
 
 
-def test_the_learning_rate_rises_and_falls():
-    values = [rate(step, 100, 0.1) for step in range(100)]
-    assert max(values) == 1.0
-    assert values[0] == 0.1
-    assert values[-1] < 0.11
-    assert values[9:] == sorted(values[9:], reverse=True)
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.1, 0.3, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 60, 90, 100, 1241])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth(steps, warmup):
+    values = [rate(step, steps, warmup) for step in range(steps)]
+    rising = round(warmup * steps)
+    up, down = values[:rising], values[rising:]
+    assert max(values) == 1.0                       # never above the peak, which is reached
+    assert up == pytest.approx([(i + 1) / rising for i in range(rising)])
+    middle = [0.55 + 0.45 * math.cos(math.pi * i / len(down)) for i in range(len(down))]
+    assert down == pytest.approx(middle)
+    assert all(value > 0.1 for value in down)
+    if len(down) > 50:
+        assert down[-1] < 0.103
 
 
 # ------------------------------------------------------------------------------------------ resume
