@@ -95,8 +95,9 @@ def every_row(key, scorer):
     return Variant(key, lambda number: scorer)
 
 
-def scored_by(predictors):
-    return every_row(predictors, predictor_scorer(predictors))
+def scored_by(*trials):
+    """A Variant for each of several trainings that differ in their seed alone."""
+    return [every_row(predictors, predictor_scorer(predictors)) for predictors in trials]
 
 
 FULL = every_row("full", None)
@@ -106,12 +107,11 @@ RANDOM = Variant("random", random_scorer)       # the row's number is the seed
 class Study:
     """A frozen backbone, and what is trained and measured on it, kept in files under `work`.
 
-    epochs: passes of a training over its rows; seed: of the trainings.
+    epochs: passes of a training over its rows.
     """
 
-    def __init__(self, model, work, epochs=2, seed=0):
-        self.model, self.work = model, Path(work)
-        self.epochs, self.seed = epochs, seed
+    def __init__(self, model, work, epochs=2):
+        self.model, self.work, self.epochs = model, Path(work), epochs
         self.backbone = digest(model.blocks[0], model.norm)
 
     def path(self, kind, *parts):
@@ -127,7 +127,7 @@ class Study:
         markers: a dict to share between trainings, whose marking passes are then done only once.
         """
         steps = max(1, self.epochs * len(rows) // recipe.accum)
-        recipe = replace(recipe, steps=steps, seed=self.seed)
+        recipe = replace(recipe, steps=steps)
         folder = self.path("trained", asdict(recipe), asdict(schedule), rows)
         out = folder / "predictors.safetensors"
         markers = {} if markers is None else markers
@@ -160,27 +160,33 @@ class Study:
         return saliency(self.model, tokens, example.prompt_len, self.after(schedule))
 
     def oracle(self, rows, schedule):
-        """The Variant that knows the answers of these rows."""
+        """The Variant that knows the answers of these rows, in a list."""
         def scorer(number):
             return oracle_scorer(self.saliency(rows[number], schedule))
-        return Variant("oracle", scorer)
+        return [Variant("oracle", scorer)]
 
 
 def compare(study, rows, schedule, variants, group=""):
-    """Variants {name: Variant} on the same rows -> rows of a table, dicts, full and random first.
+    """Variants {name: list of Variant} on the same rows -> rows of a table, dicts.
 
-    Each is printed once it is measured.
+    Full and random come first. Several Variants of a name are trials: a row's value is their mean,
+    and "trials" is the share of the gap that each wins. Each is printed once it is measured.
     """
     lengths = [len(example.tokens) - example.prompt_len for example in rows]
     metric, found = {}, []
-    for name, variant in {"full": FULL, "random": RANDOM, **variants}.items():
+    for name, trials in {"full": [FULL], "random": [RANDOM], **variants}.items():
         used = None if name == "full" else schedule
-        metric[name] = Metric(study.likelihoods(rows, variant, used), lengths)
+        values = [study.likelihoods(rows, variant, used) for variant in trials]
+        mean = [sum(row) / len(trials) for row in zip(*values)]
+        metric[name] = Metric(mean, lengths)
         value, error = ratio(*metric[name])
         keep = mean_keep(rows, schedule, len(study.model.blocks)) if used else 1.0
         found.append({"scorer": name, "group": group, "metric": "nll", "value": value,
                       "stderr": error, "n": len(rows), "mean_keep": keep,
                       **against_full(metric, name), **share_of_gap(metric, name)})
+        if len(trials) > 1:
+            alone = [share_of_gap({**metric, name: Metric(own, lengths)}, name) for own in values]
+            found[-1]["trials"] = [share.get("share_of_gap", 0.0) for share in alone]
         print(line(found[-1]), flush=True)
     first = next(iter(variants))
     for row in found[2:]:
@@ -209,18 +215,22 @@ def line(row):
             f"  kept {row['mean_keep']:.1%}")
     if "share_of_gap" in row:
         text += f"  share of gap {row['share_of_gap']:.1%} +- {row['share_stderr']:.1%}"
+    if "trials" in row:
+        text += f" ({', '.join(f'{share:.1%}' for share in row['trials'])})"
     return text
 
 
 # ---------------------------------------------------------------------------- tables of the paper
 
 
-def trained_variants(study, rows, heldout, schedule, names):
-    """Tables 4 and 5, and what the ranking learns from: VARIANTS of these names."""
+def trained_variants(study, rows, heldout, schedule, names, seeds):
+    """Tables 4 and 5, and what the ranking learns from: VARIANTS of these names, every seed."""
     markers, variants = {}, {}
     for name in names:
-        print(f"\n{name}: train.py{as_options(VARIANTS[name])}", flush=True)
-        variants[name] = scored_by(study.train(rows, schedule, VARIANTS[name], markers))
+        print(f"\n{name}: train.py{as_options(VARIANTS[name])}, seeds {seeds}", flush=True)
+        recipes = [replace(VARIANTS[name], seed=seed) for seed in seeds]
+        trials = [study.train(rows, schedule, recipe, markers) for recipe in recipes]
+        variants[name] = scored_by(*trials)
     print()
     return compare(study, heldout, schedule, variants)
 
@@ -241,7 +251,7 @@ def figures(study, rows, heldout):
 
     def measure(schedule, name, group):
         placed = predictor_scorer([predictors[b - 1] for b in study.after(schedule)])
-        variants = {name: every_row(predictors, placed)}
+        variants = {name: [every_row(predictors, placed)]}
         return compare(study, heldout, schedule, variants, group)[2:]
 
     for keep in (0.9, 0.8, 0.7):
@@ -281,7 +291,7 @@ def tradeoff(study, heldout, schedule, predictors, prior):
     def variant(name, schedule):
         def scorer(number):
             return make_scorer(name, study.model, schedule, predictors, number, prior)
-        return Variant(f"{name}, prior {prior}, {key}", scorer)
+        return [Variant(f"{name}, prior {prior}, {key}", scorer)]
 
     for keep in keep_ratios(schedule):
         own = replace(schedule, keep=keep)
@@ -311,7 +321,7 @@ def softer_and_harsher(study, heldout, schedule, predictors):
     found = []
     for keep in keep_ratios(schedule):
         variants = {f"keep {keep}": scored_by(predictors),
-                    f"keep {keep}, first tokens": every_row("earliest", earliest_scorer())}
+                    f"keep {keep}, first tokens": [every_row("earliest", earliest_scorer())]}
         found += compare(study, heldout, replace(schedule, keep=keep), variants, "keep ratio")
     return found
 
@@ -426,7 +436,8 @@ def options():
                         "PREFIX_figure4.png and PREFIX_figure5.png (needs matplotlib)")
     parser.add_argument("--work", default="out/ablations",
                         help="where what is trained and measured is kept")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the trainings")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="losses and "
+                        "targets: of the trainings; with several each number is their mean")
     add_json_argument(parser)
     return parser
 
@@ -449,7 +460,7 @@ def main():
     args = options().parse_args()
     tokenizer, start = Tokenizer(args.ckpt), time.time()
     model, schedule, predictors, prior = load_study(args)
-    study = Study(model, args.work, args.epochs, args.seed)
+    study = Study(model, args.work, args.epochs)
     rows, heldout = splits(args, tokenizer)
     trains = args.table != "tradeoff"
     if not trains:
@@ -459,7 +470,8 @@ def main():
     elif args.table == "figures":
         found = figures(study, rows, heldout)
     else:
-        found = trained_variants(study, rows, heldout, schedule, TABLES[args.table])
+        names = TABLES[args.table]
+        found = trained_variants(study, rows, heldout, schedule, names, args.seeds)
     if args.table == "figures" and args.png:
         draw(found, f"{args.ckpt}, {len(heldout)} rows", args.png)
     if args.json:

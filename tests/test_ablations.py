@@ -122,8 +122,8 @@ def test_what_is_measured_is_kept_under_what_it_depends_on(study, rows, tmp_path
 
 
 def test_rows_of_a_table_are_paired(study, rows, capsys):
-    variants = {"norm": Variant("norm", lambda number: norm_scorer()),
-                "recent": Variant("recent", lambda number: recent_scorer())}
+    variants = {"norm": [Variant("norm", lambda number: norm_scorer())],
+                "recent": [Variant("recent", lambda number: recent_scorer())]}
     table = compare(study, rows, SCHEDULE, variants, "some")
     full, random, norm, recent = table
     assert [row["scorer"] for row in table] == ["full", "random", "norm", "recent"]
@@ -141,6 +141,19 @@ def test_rows_of_a_table_are_paired(study, rows, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [text.split("NLL")[0].strip() for text in lines] == [
         "some: full", "some: random", "some: norm", "some: recent"]
+
+
+def test_trials_of_several_seeds_are_averaged(study, rows):
+    data, names = random_rows(4), ("ranking by saliency difference",)
+    found = ablations.trained_variants(study, data, rows, SCHEDULE, names, [0, 1])
+    alone = [ablations.trained_variants(study, data, rows, SCHEDULE, names, [seed])[2]
+             for seed in (0, 1)]
+    both = found[2]
+    assert alone[0]["value"] != alone[1]["value"]
+    assert both["value"] == pytest.approx((alone[0]["value"] + alone[1]["value"]) / 2)
+    assert both["trials"] == pytest.approx([row["share_of_gap"] for row in alone])
+    assert both["share_of_gap"] == pytest.approx(sum(both["trials"]) / 2)
+    assert "trials" not in alone[0]
 
 
 # -------------------------------------------------------------------------------- figures and open
