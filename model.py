@@ -128,11 +128,11 @@ def causal_attention(q, k, v, rope):
 def masked_attention(q, k, v, rope, mask):
     """Attention in which only kept keys are seen: pruning while training (Section 3.3).
 
-    mask (B, n) holds 1 for kept and 0 for dropped tokens, and the result is differentiable in it;
-    each query still sees itself. As in DynamicViT, the exponentials are multiplied by the mask
-    before they are normalised. So a kept token's output is that of attention over the kept tokens
-    alone, masking equals dropping, and a dropped token's mask still gets a gradient: what seeing
-    its key would have changed, bounded where that key is far above the kept ones.
+    mask (B, n) holds 1 for kept and 0 for dropped tokens; each query still sees itself. The
+    exponentials are multiplied by the mask before they are normalised, as in DynamicViT, so a kept
+    token's output is that of attention over the kept tokens alone: masking equals dropping. It is
+    differentiable in the mask. For a dropped token the gradient is what seeing its key, too, would
+    change, and so bounded: the derivative at 0 is e^60 times as much where that key is 60 above.
     """
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, 1)
@@ -145,10 +145,9 @@ def masked_attention(q, k, v, rope, mask):
     m = mask.float()[:, None, None, :]
     m = torch.where(diagonal, 1.0, m)                               # (B, 1, n, n)
     hidden = ~see | (m == 0)
-    top = a.detach().masked_fill(hidden, -math.inf)
-    top = top.amax(-1, keepdim=True)
-    # A kept key is never above its row's top: the clamp only keeps hidden ones from overflowing.
-    a = (a - top).clamp(max=0)
+    kept = a.detach().masked_fill(hidden, -math.inf)
+    a = a - kept.logsumexp(-1, keepdim=True)    # exp(a) is now a kept key's share of attention
+    a = torch.where(hidden, F.logsigmoid(a), a)     # or a hidden one's, were it seen as well
     e = torch.exp(a) * see * m
     p = e / e.sum(-1, keepdim=True)
     return p.to(v.dtype) @ v

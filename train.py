@@ -115,7 +115,8 @@ def masked_pass(model, predictors, batch, schedule, mask="topk", tau=1.0):
 
     mask: "gumbel" samples every candidate (Eq. 2), "topk" keeps the scheduled count, as inference
     does. -> x (B, N, D) leaving the last block; S predictions pi (B, N, 2); S + 1 masks (B, N),
-    masks[s] with 1 for the tokens that stage s + 1 still finds.
+    masks[s] with 1 for the tokens that stage s + 1 still finds. With "topk" a token dropped by one
+    stage gets no gradient through the masks of later ones.
     """
     tokens, prompt_len, lengths = batch
     after = schedule.after(len(model.blocks))

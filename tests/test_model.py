@@ -219,12 +219,33 @@ def test_a_hidden_query_sees_the_kept_keys_before_it_and_itself(window):
     assert close(got[:1, :, [hidden]], want, 1e-6)
 
 
-def test_masked_attention_tells_a_hidden_key_what_seeing_it_would_change():
-    q, k, v = qkv(n=6)
-    mask = two_hidden()
-    masked_attention(q, k, v, rope_of(6), mask).pow(2).sum().backward()
-    assert mask.grad.isfinite().all()
-    assert (mask.grad[:, [1, 3]] != 0).all()
+@pytest.mark.parametrize("above", [0, 5, 67])
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_hidden_keys_gradient_is_what_seeing_it_would_change(window, above):
+    """A finite difference for every dropped token, also where its key is far above all kept."""
+    q, k, v = qkv()
+    rope = rope_of(20, window)
+    _, mask = random_mask()
+    hidden = (mask[0] == 0).nonzero().flatten().tolist()[:5]
+    # every query looks at the first hidden key `above` higher than it would
+    direction = torch.zeros(q.shape[-1])
+    direction[0] = q.shape[-1] ** 0.5
+    q[..., 0] = 1
+    k[:, :, hidden[0]] += above * direction
+    target = torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+
+    def output(mask):
+        return (masked_attention(q, k, v, rope, mask) * target).sum()
+
+    mask.requires_grad_()
+    output(mask).backward()
+    now = mask.detach()
+    for j in hidden:
+        seen = now.clone()
+        seen[0, j] = 1
+        difference = output(seen) - output(now)
+        assert abs(difference) > 1e-3
+        assert mask.grad[0, j] == pytest.approx(difference.item(), rel=1e-3, abs=1e-4)
 
 
 def two_hidden():

@@ -97,6 +97,16 @@ def test_masks_are_hard_cumulative_and_spare_the_protected(tiny, tokens, mask):
         assert [int(m[0, :48].sum()) for m in masks] == SCHEDULE.counts(48, 6)[:5]
 
 
+def test_a_dropped_token_gets_no_gradient_through_later_masks(tiny, tokens):
+    batch, predictors = batch_of(tokens, 48), fresh_predictors()
+    _, pis, masks = masked_pass(tiny, predictors, batch, SCHEDULE)
+    droppable = candidates(positions(tokens), [48, 48], SCHEDULE)
+    for stage, pi in enumerate(pis):
+        gradient, = torch.autograd.grad(masks[stage + 1].sum(), pi, retain_graph=True)
+        reached = gradient.abs().sum(-1) > 0
+        assert torch.equal(reached, droppable & (masks[stage] == 1))
+
+
 def test_long_rows_recompute_their_attention_with_the_same_gradients(monkeypatch):
     model, predictors = tiny_model(max_positions=1024), fresh_predictors()
     generator = torch.Generator().manual_seed(1)
