@@ -67,6 +67,7 @@ TABLES = {
         "SDTP: cross entropy + MSE + ranking", "without ranking", "without ranking and MSE",
         "with distillation", "with Gumbel keep/drop", "ranking alone, pruned states",
         "ranking alone, unpruned states", "the same, cross entropy and distillation added"),
+    "seeds": ("SDTP: cross entropy + MSE + ranking", "without ranking and MSE"),
     "targets": (
         "ranking alone, unpruned states", "MSE alone, unpruned states",
         "ranking by saliency difference", "the same, reduction norm of g",
@@ -424,8 +425,8 @@ def options():
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=40)
     parser.add_argument("--table", choices=(*TABLES, "figures", "open", "tradeoff"),
-                        default="losses", help="losses: Tables 4 and 5; targets: what the ranking "
-                        "learns from, no pruning pass needed; figures: 4 and 5; open: what the "
+                        default="losses", help="losses: Tables 4 and 5; seeds: two of them, for "
+                        "several --seeds; targets: what the ranking learns from, no pruning pass; figures: 4 and 5; open: what the "
                         "paper leaves open; tradeoff: every scorer at five keep ratios, with the "
                         "checkpoint's own predictors")
     parser.add_argument("--rows", type=at_least(1), default=200,
@@ -436,8 +437,8 @@ def options():
                         "PREFIX_figure4.png and PREFIX_figure5.png (needs matplotlib)")
     parser.add_argument("--work", default="out/ablations",
                         help="where what is trained and measured is kept")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="losses and "
-                        "targets: of the trainings; with several each number is their mean")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="losses, "
+                        "seeds, targets: of the trainings; with several a number is their mean")
     add_json_argument(parser)
     return parser
 
