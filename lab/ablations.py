@@ -425,10 +425,10 @@ def options():
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=40)
     parser.add_argument("--table", choices=(*TABLES, "figures", "open", "tradeoff"),
-                        default="losses", help="losses: Tables 4 and 5; seeds: two of them, for "
-                        "several --seeds; targets: what the ranking learns from, no pruning pass; figures: 4 and 5; open: what the "
-                        "paper leaves open; tradeoff: every scorer at five keep ratios, with the "
-                        "checkpoint's own predictors")
+                        default="losses", help="losses: Tables 4 and 5; seeds: two of these, for "
+                        "several --seeds; targets: what the ranking learns from, no pruning pass "
+                        "needed; figures: 4 and 5; open: what the paper leaves open; tradeoff: "
+                        "every scorer at five keep ratios, with the checkpoint's own predictors")
     parser.add_argument("--rows", type=at_least(1), default=200,
                         help="training rows (--limit counts the held-out ones)")
     parser.add_argument("--epochs", type=at_least(1), default=2, help="passes over them")
