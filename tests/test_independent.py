@@ -1,0 +1,367 @@
+"""The paper's path against second writings that call nothing of what they check.
+
+Pruned generation, also of rows of several lengths, against a pass over the whole text in plain
+tensor operations; H2O against a loop over its heads; saliency, and copies of published models in
+tiny widths, against transformers. Feature by feature, with stored logits: tests/test_model.py.
+"""
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from conftest import close, load_cpu
+from infer import generate
+from model import Config, Llama, Rope
+from predictor import Predictor
+from prune import Schedule, extend, nll, predictor_scorer, prefill
+from saliency import mark, saliency
+from support.caches import h2o
+
+NEW = 6                             # tokens that are decoded
+
+# ------------------------------------------------------------- the pruned model, written out again
+
+
+def draw(module, generator):
+    """Every parameter by chance, biases and norms too; attention is far from uniform."""
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator).to(p.dtype)
+        centre = 1.0 if "norm.weight" in name else 0.0
+        p.data = centre + (0.2 if p.dim() > 1 else 0.3) * noise
+    return module.eval().requires_grad_(False)
+
+
+def normed(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def linear(part, x):
+    y = x @ part.weight.T
+    return y if part.bias is None else y + part.bias
+
+
+def frequency(i, c):
+    """Radians that pair i turns from one position to the next."""
+    f = c.rope_theta ** (-2 * i / c.head_dim)
+    if c.rope_llama3 is None:
+        return f
+    factor, low, high, original = c.rope_llama3
+    turns = original * f / (2 * math.pi)
+    if turns <= low:
+        return f / factor
+    if turns >= high:
+        return f
+    part = (turns - low) / (high - low)
+    return part * f + (1 - part) * f / factor
+
+
+def turned(x, c):
+    """Rotary positions of x (T, heads, d): the pair (i, i + d/2) is one complex number."""
+    half = c.head_dim // 2
+    each = torch.tensor([frequency(i, c) for i in range(half)], dtype=x.dtype)
+    angle = torch.arange(len(x))[:, None, None] * each              # (T, 1, d/2)
+    z = torch.complex(x[..., :half], x[..., half:])
+    z = z * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def through(block, x, see):
+    """One block on x (T, D); see (T, T) bool: which keys each query sees."""
+    c = block.c
+    h = normed(x, block.attn_norm.weight, c.norm_eps)
+    q, k, v = (linear(p, h).view(len(x), -1, c.head_dim) for p in (block.q, block.k, block.v))
+    q, k = turned(q, c), turned(k, c)
+    heads = []
+    for i in range(c.n_heads):
+        g = i * c.n_kv_heads // c.n_heads
+        e = (q[:, i] @ k[:, g].T / math.sqrt(c.head_dim)).exp() * see
+        heads.append(e / e.sum(-1, keepdim=True) @ v[:, g])
+    x = x + linear(block.o, torch.cat(heads, dim=-1))
+    h = normed(x, block.mlp_norm.weight, c.norm_eps)
+    gate = linear(block.gate, h)
+    return x + linear(block.down, gate / (1 + (-gate).exp()) * linear(block.up, h))
+
+
+def predicted(predictor, x):
+    """Keep minus drop of every token: x (T, D) -> T numbers."""
+    x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + predictor.norm.eps).sqrt()
+    x = linear(predictor.up, x * predictor.norm.weight + predictor.norm.bias)
+    x = linear(predictor.down, x * (1 + torch.erf(x / math.sqrt(2))) / 2)
+    return (x[:, 0] - x[:, 1]).tolist()
+
+
+def survivors(scores, alive, stage, n, schedule):
+    """Which of the positions `alive` outlive stage 1, 2, ... of a prompt of n tokens."""
+    last = max(1, math.ceil(Fraction(str(schedule.local)) * n))
+    fixed = [p for p in alive if p < schedule.sink or p >= n - last]
+    keep = max(round(schedule.keep ** stage * n), len(fixed))
+    free = [p for p in alive if p not in fixed]
+    free.sort(key=lambda p: scores[p], reverse=True)
+    return sorted(fixed + free[:keep - len(fixed)])
+
+
+def recompute(model, predictors, schedule, text, n):
+    """All of text (T) through every block; block by block a mask hides what was never cached.
+
+    n: the prompt's length. -> logits (T, V), of which those from n - 1 on are the pruned model's,
+    and the prompt's positions that each block cached.
+    """
+    c, pos = model.config, torch.arange(len(text))
+    back = pos[:, None] - pos                                       # (T, T)
+    near = (back >= 0) & (back < (c.window or len(text)))
+    alive, cached = list(range(n)), []
+    x = model.embed.weight[text]
+    for number, block in enumerate(model.blocks, start=1):
+        cached.append(alive)
+        known = torch.zeros(len(text), dtype=torch.bool)
+        known[alive] = True
+        known[n:] = True
+        see = near & (known | (back == 0))      # a dropped query sees itself; nobody sees it
+        x = through(block, x, see)
+        stage, rest = divmod(number - schedule.first, schedule.step)
+        if rest == 0 and 0 <= stage < schedule.stages and number < c.n_blocks:
+            scores = predicted(predictors[stage], x)
+            alive = survivors(scores, alive, stage + 1, n, schedule)
+    return normed(x, model.norm.weight, c.norm_eps) @ model.head.weight.T, cached
+
+
+def case(seed, schedule, **changes):
+    """A model of five blocks and its predictors, fp64, and the scorer that they are."""
+    shape = dict(dim=32, n_blocks=5, n_heads=4, n_kv_heads=2, head_dim=8, ffn=48, vocab=70)
+    generator = torch.Generator().manual_seed(seed)
+    model = draw(Llama(Config(**{**shape, **changes})).double(), generator)
+    predictors = [draw(Predictor(32).double(), generator) for _ in range(schedule.stages)]
+    return model, predictors, (schedule, predictor_scorer(predictors))
+
+
+def random_text(n, seed, vocab=70):
+    return torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+SCHEDULE = Schedule(1, 1, 4, 0.8)
+SLOW = {"tied": True, "rope_theta": 300.0, "rope_llama3": (8.0, 1.0, 4.0, 40.0)}
+CASES = {       # what the model has, the schedule, the prompt's length
+    "grouped": ({}, SCHEDULE, 43),
+    "every head its own": ({"n_kv_heads": 4}, Schedule(2, 1, 3, 0.6, sink=2, local=0.07), 50),
+    "one for all, wide": ({"n_kv_heads": 1, "head_dim": 14}, Schedule(1, 2, 2, 0.5), 31),
+    "bias": ({"qkv_bias": True, "norm_eps": 0.1}, Schedule(1, 1, 4, 0.7, sink=1, local=0.3), 37),
+    "window": ({"window": 9}, SCHEDULE, 40),
+    "slow turns": (SLOW, Schedule(1, 3, 2, 0.4, sink=6), 45),
+    "only the last protected": ({}, Schedule(3, 1, 9, 0.45, sink=0, local=0.0), 34),
+    "all protected": ({}, Schedule(1, 1, 3, 0.3, sink=3, local=0.5), 5),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_pruned_generation_equals_a_masked_recompute(name, seed):
+    changes, schedule, n = CASES[name]
+    model, predictors, arm = case(seed, schedule, **changes)
+    text = random_text(n, seed)
+    logits, caches, _ = prefill(model, text[None], *arm, room=NEW)
+    for i in range(n, n + NEW):
+        want, cached = recompute(model, predictors, schedule, text, n)
+        assert close(logits[0], want[-1].float(), 1e-5), i
+        token = want[-1].argmax().view(1)
+        text = torch.cat((text, token))
+        logits = extend(model, token[None], i, caches)[:, -1]
+    new = list(range(n, n + NEW))
+    assert [c.pos[0, :c.n].tolist() for c in caches] == [kept + new for kept in cached]
+    made = generate(model, text[None, :n], NEW, *arm, eos=())
+    assert made.tokens == text[n:].tolist()
+    assert made.counts == [len(kept) for kept in cached]
+    told = want[n - 1:].softmax(-1).gather(1, text[n:, None])[:, 0]
+    assert close(nll(model, text[None], n, *arm)[0], -told.log().float(), 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 9, "qkv_bias": True}])
+def test_rows_of_several_lengths_equal_a_masked_recompute_of_each(changes):
+    """One padded batch: every row has its own counts, and decodes at its own positions."""
+    model, predictors, arm = case(3, SCHEDULE, **changes)
+    texts = [random_text(n, n) for n in (44, 29, 7, 1)]
+    lengths = [len(text) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=69)
+    logits, caches, _ = prefill(model, padded, *arm, room=NEW, lengths=lengths)
+    for step in range(NEW):
+        found = [recompute(model, predictors, SCHEDULE, text, n)[0][-1].float()
+                 for text, n in zip(texts, lengths)]
+        assert close(logits, torch.stack(found), 1e-5), step
+        token = torch.stack(found).argmax(-1, keepdim=True)
+        start = torch.tensor([[len(text)] for text in texts])
+        texts = [torch.cat(pair) for pair in zip(texts, token)]
+        logits = extend(model, token, start, caches, end=len(texts[0]))[:, -1]
+
+
+# --------------------------------------------------------------------------------------------- H2O
+
+
+def one_head(q, k, v, n, share, heavy):
+    """One KV head: queries q (T, H/G, d), k and v (T, d); the first n tokens are the prompt.
+
+    -> what each query reads (T, H/G, d), and the tokens that are held in the end.
+    """
+    received, held, outputs = [0.0] * len(k), [], []
+    for t, queries in enumerate(q):
+        held.append(t)
+        looks = (queries @ k[held].T / math.sqrt(k.shape[1])).softmax(-1)       # (H/G, m)
+        outputs.append(looks @ v[held])
+        for p, much in zip(held, looks.sum(0).tolist()):
+            received[p] += much
+        if t >= n - 1:
+            budget = math.ceil(share * (t + 1))
+            hitters = math.floor(heavy * budget)
+            old = len(held) - (budget - hitters)        # so many are not among the latest
+            best = sorted(held[:old], key=lambda p: -received[p])
+            held = sorted(best[:hitters]) + held[old:]
+    return torch.stack(outputs), held
+
+
+@pytest.mark.parametrize("share", [Fraction(2, 5), Fraction(1, 4), Fraction(1, 1)])
+@pytest.mark.parametrize("heavy", [Fraction(1, 2), Fraction(0), Fraction(1), Fraction(1, 3)])
+def test_h2o_equals_a_loop_over_its_heads(share, heavy):
+    n, end, H, G, d = 23, 31, 6, 2, 4
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (2 * torch.randn(2, heads, end, d, generator=generator).double()
+               for heads in (H, G, G))
+    cache = h2o(float(share), float(heavy))(Config(24, 1, H, G, d, 8, 8), 2, end, "cpu", q.dtype)
+    pos = torch.arange(end).expand(2, end) * 3          # with gaps, as after a drop
+    outputs = []
+    for part in (slice(0, n), *(slice(t, t + 1) for t in range(n, end))):
+        rope = Rope(pos[:, part], None, None, None)
+        outputs.append(cache.attend(q[:, :, part], k[:, :, part], v[:, :, part], rope))
+    found = torch.cat(outputs, dim=2).unflatten(1, (G, -1))         # (B, G, H/G, T, d)
+    queries = q.unflatten(1, (G, -1)).transpose(2, 3)
+    for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        want, held = one_head(queries[b, g], k[b, g], v[b, g], n, share, heavy)
+        assert close(found[b, g].transpose(0, 1), want, 1e-9)
+        assert torch.equal(cache.k[b, g, :cache.n], k[b, g, held])
+
+
+# --------------------------------------------------------------- published models, in tiny widths
+
+
+def scaled(heads, kv_heads, inner, like="Llama", theta=None, **changes):
+    """config.json as published, in the layout of transformers 4; inner: the SwiGLU's width over D.
+
+    Sizes, windows and token numbers are smaller; ratios and switches are the model's own.
+    """
+    theta = {"rope_theta": theta, "attention_dropout": 0.0} if theta else {}
+    return {"architectures": [f"{like}ForCausalLM"], "model_type": like.lower(),
+            "hidden_act": "silu", "hidden_size": 16 * heads, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": round(16 * heads * inner),
+            "num_hidden_layers": 3, "vocab_size": 96, "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", **theta, **changes}
+
+
+def llama3(factor, **changes):
+    """Llama 3.1 and 3.2: slow turns are slowed by `factor`, and several tokens end a text."""
+    slow = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64, "rope_type": "llama3"}
+    return {"theta": 500000.0, "rope_scaling": slow, "attention_bias": False, "mlp_bias": False,
+            "bos_token_id": 80, "eos_token_id": [81, 88, 89], **changes}
+
+
+OLD = {"rope_scaling": None, "pretraining_tp": 1}
+SMOL = {"theta": 100000, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_scaling": None, "is_llama_config": True, "rope_interleaved": False}
+QWEN = {"theta": 1000000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+        "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}
+MISTRAL = {"like": "Mistral", "theta": 1000000.0, "sliding_window": None}
+MODELS = {
+    "Llama-1 7B": scaled(8, None, 2.6875, rms_norm_eps=1e-6, pad_token_id=0),
+    "Llama-2 7B": scaled(8, 8, 2.6875, **OLD),
+    "Llama-2 70B": scaled(16, 2, 3.5, **OLD),
+    "Llama-3 8B": scaled(8, 2, 3.5, theta=500000.0, bos_token_id=80, eos_token_id=81, **OLD),
+    "Llama-3.1 8B": scaled(8, 2, 3.5, **llama3(8.0)),
+    "Llama-3.2 1B": scaled(8, 2, 4, **llama3(32.0, head_dim=16, tie_word_embeddings=True)),
+    "Mistral 0.1": scaled(8, 2, 3.5, "Mistral", 10000.0, sliding_window=8),
+    "Mistral 0.2": scaled(8, 2, 3.5, **MISTRAL),
+    "Mistral 0.3": scaled(8, 2, 3.5, **MISTRAL, vocab_size=98),
+    "Mistral-Nemo": scaled(8, 2, 2.8, **MISTRAL, head_dim=12),
+    "TinyLlama": scaled(16, 2, 2.75, **OLD, attention_bias=False),
+    "SmolLM2-135M": scaled(9, 3, 8 / 3, **SMOL),
+    "SmolLM2-360M": scaled(15, 5, 8 / 3, **SMOL),
+    "Qwen2-0.5B": scaled(14, 2, 38 / 7, "Qwen2", **QWEN),
+    "Qwen2.5-1.5B": scaled(12, 2, 35 / 6, "Qwen2", **QWEN, use_mrope=False),
+    "Yi-6B": scaled(16, 2, 2.6875, theta=5000000.0, vocab_size=64, pad_token_id=0),
+}
+
+
+def published(folder, config):
+    """transformers' random model of a config.json, saved in the layout of transformers 5."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    (folder / "config.json").write_text(json.dumps(config))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                          attn_implementation="eager")
+    draw(model, torch.Generator().manual_seed(0))
+    model.get_input_embeddings().weight.data *= 0.05    # as small as trained ones: eps matters
+    model.save_pretrained(folder, max_shard_size="300KB")
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiny_copies_of_published_models_equal_transformers(name, tmp_path):
+    theirs, tokens = published(tmp_path, MODELS[name]), random_text(20, 7, vocab=64)[None]
+    with torch.no_grad():
+        want = theirs(tokens).logits
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rope_parameters"]["rope_theta"] == MODELS[name].get("rope_theta", 10000)
+    for config in (saved, MODELS[name]):                # both layouts
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        ours = load_cpu(tmp_path)
+        assert close(ours(tokens), want, 2e-5 * want.abs().max().item())
+        eos = config["eos_token_id"]
+        assert ours.config.eos == tuple(eos if isinstance(eos, list) else [eos])
+        assert ours.config.max_positions == theirs.config.max_position_embeddings
+
+
+# ---------------------------------------------------------------------------------------- saliency
+
+
+def by_hooks(model, tokens, prompt_len, blocks):
+    """transformers' states that leave `blocks`, and the gradients of the response's likelihood."""
+    states = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        states.append(output)
+
+    hooks = [model.model.layers[b - 1].register_forward_hook(keep) for b in blocks]
+    told = model(tokens).logits.softmax(-1)[0, prompt_len - 1:-1]
+    told.gather(1, tokens[0, prompt_len:, None]).log().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return [(x.grad, x.detach()) for x in states]
+
+
+REDUCED = {
+    "norm_gx": lambda g, x: (g * x).square().sum(-1).sqrt(),
+    "norm_g": lambda g, x: g.square().sum(-1).sqrt(),
+    "abs_dot": lambda g, x: torch.einsum("bnd,bnd->bn", g, x).abs(),
+}
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1 8B", "SmolLM2-135M"])
+def test_saliency_equals_hooks_on_transformers(name, tmp_path):
+    """Two rows, of 30 and 24 tokens, whose responses begin at 21 and 9."""
+    theirs = published(tmp_path, {**MODELS[name], "num_hidden_layers": 5}).requires_grad_(True)
+    ours, blocks = load_cpu(tmp_path), [1, 3, 5]
+    tokens = random_text(60, 8, vocab=64).view(2, 30)
+    _, together, _ = mark(ours, tokens, [21, 9], blocks, lengths=[30, 24])
+    for row, prompt_len, n in ((0, 21, 30), (1, 9, 24)):
+        alone = tokens[row:row + 1, :n]
+        marks = by_hooks(theirs, alone, prompt_len, blocks)
+        for found, (g, _) in zip(together, marks):
+            assert close(found[row, :n], g[0], 1e-4 * g.abs().max().item())
+            assert (found[row, n:] == 0).all()
+        for reduce, by_hand in REDUCED.items():
+            several = saliency(ours, alone, prompt_len, blocks, reduce)
+            for found, (g, x) in zip(several, marks):
+                size = by_hand(g.abs(), x.abs()).max().item()       # before terms cancel
+                assert close(found, by_hand(g, x), 1e-4 * size), reduce
