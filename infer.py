@@ -13,23 +13,23 @@ Shapes: B = 1 row, N prompt tokens, V vocabulary.
 import itertools
 import statistics
 from dataclasses import asdict
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from model import KVCache, Tokenizer
 from prune import UNPRUNED, extend, prefill
-from support.caches import compile_model, h2o
+from support.caches import compile_model, h2o, held_bytes
 from support.data import chosen_prompt
 from support.files import need
 from support.options import cli, hardware, print_json
 from support.parallel import agreed
 from support.parsers import check_inference, infer_parser
 from support.printing import BENCH_HEAD, print_bench
-from support.sampling import greedy, sampler
+from support.sampling import ends, finite, fitting, greedy, one_past, sampler
 from support.saved import load_pruning
-from support.timing import bench_row, clock, random_prompt, take_turns
+from support.timing import (bench_row, check_bench, check_measured, clock, medians, one_by_one,
+                            random_prompt, take_turns, timed_arms)
 
 
 class Generation(NamedTuple):
@@ -38,6 +38,7 @@ class Generation(NamedTuple):
     counts: list                    # prompt tokens that entered each block
     prefill_s: float                # until the first new token is known
     decode_s: float                 # per further token, the median
+    prompt_kv_bytes: int            # all caches after the prompt
     kv_bytes: int                   # all caches at the end
 
 
@@ -46,26 +47,24 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, cache=KV
              pick=greedy, eos=None, step=extend):
     """Prefill, pruned where schedule and scorer say so, then decode: tokens (1, N) -> Generation.
 
-    cache: the kind of cache, such as h2o(0.4). pick: greedy, or sampler(temperature). eos: token
-    ids that end the text (default: the model's). step: prune.extend, or the same compiled. Raises
-    ValueError for too few positions, before the work, and for logits that are not finite.
+    cache: the kind of cache, such as h2o(0.4). pick: greedy, or sampler(temperature). eos: the
+    token or tokens that end the text (default: the model's). step: prune.extend, or it compiled.
+    Raises ValueError for too few positions, before the work, and for logits that are not finite.
     """
-    need(max_new_tokens > 0, "max_new_tokens must be at least 1")
-    N = tokens.shape[1]
-    end = N + max_new_tokens - 1                    # one past the last position that is read
-    model.check_positions(end)
-    eos = model.config.eos if eos is None else eos
+    B, N = tokens.shape
+    need(B == 1, f"generate reads one prompt, not {B}: see lab/batch.py")
+    end = one_past(model, N, max_new_tokens)
+    eos = ends(model, eos)
     start = clock(model.device)
-    logits, caches, trace = prefill(model, tokens, schedule, scorer, max_new_tokens, cache)
-    need(logits.isfinite().all(), f"{model.source}: the logits are not finite in {model.dtype}: "
-                                  "the weights are damaged, or too large for float16")
-    token = pick(logits)                                            # (1, 1)
+    logits, caches, trace = prefill(model, tokens, schedule, scorer, end - N, cache)
+    token = pick(finite(model, logits))                             # (1, 1)
     pos = torch.tensor([[N]], device=tokens.device)
     new = [token.item()]
     times = [clock(model.device)]
+    prompt_kv_bytes = held_bytes(caches)
     while len(new) < max_new_tokens and new[-1] not in eos:
         logits = step(model, token, pos, caches, end)               # (1, 1, V)
-        token = pick(logits[:, -1])
+        token = pick(finite(model, logits[:, -1]))
         pos = pos + 1
         new.append(token.item())
         times.append(clock(model.device))
@@ -76,50 +75,47 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, cache=KV
         counts=(schedule or UNPRUNED).counts(N, len(caches)),
         prefill_s=times[0] - start,
         decode_s=statistics.median(spent) if spent else 0.0,
-        kv_bytes=sum(held.bytes for held in caches))
+        prompt_kv_bytes=prompt_kv_bytes,
+        kv_bytes=held_bytes(caches))
 
 
 def side_by_side(model, tokens, arms, new, **options):
     """Arms {name: (schedule, scorer)} on one prompt (1, N) -> {name: Generation}.
 
-    After a warm-up four timed prefills in turn, of which the median counts; the last goes on to
-    `new` tokens.
+    The first run of each arm says its text and is a warm-up. The times are medians over further
+    runs in turn, in which every arm makes as many tokens as the longest text has, past an eos too.
     """
-    runs = {name: [] for name in arms}
-    for tokens_to_make in (2, 2, 2, 2, new):
-        for name, arm in arms.items():
-            run = generate(model, tokens, tokens_to_make, *arm, **options)
-            runs[name].append(run)
-    results = {}
-    for name, (_, *timed) in runs.items():
-        seconds = [run.prefill_s for run in timed]
-        median = statistics.median(seconds)
-        results[name] = timed[-1]._replace(prefill_s=median)
-    return results
+    runs = {}
+    for name, arm in arms.items():
+        runs[name] = generate(model, tokens, new, *arm, **options)
+    longest = max(len(run.tokens) for run in runs.values())
+    timed = timed_arms(generate, model, tokens, arms, **options)
+    times = take_turns(model.device, timed, longest, repeats=4, warm_ups=1)
+    for name, run in runs.items():
+        prefill_s, decode_s = medians(times[name])
+        runs[name] = run._replace(prefill_s=prefill_s, decode_s=decode_s)
+    return runs
 
 
-def both_arms(model, n, schedule, scorer, **options):
-    """Full and SDTP on n random tokens: {name: run(new tokens) -> prefill and decode seconds}."""
-    tokens = random_prompt(model, n)
-
-    def run(arm, new):
-        made = generate(model, tokens, new, *arm, eos=(), **options)
-        return made.prefill_s, made.decode_s
-    return {"full": partial(run, (None, None)),
-            "sdtp": partial(run, (schedule, scorer))}
+def both_arms(schedule, scorer):
+    """What `side_by_side` compares here: {name: (schedule, scorer)}."""
+    return {"full": (None, None), "sdtp": (schedule, scorer)}
 
 
 def bench(model, lengths, schedule, scorer, new=128, repeats=5, **options):
     """Print Table 2's rows, measured on random tokens -> a list of dicts, see `bench_row`."""
+    check_bench(model, lengths, new)
     print(f"{hardware(model.device)}, {model.dtype}; {new} new tokens; medians of {repeats} "
           f"prefills in turn\n{BENCH_HEAD}")
-    rows = []
-    for n in lengths:
-        arms = both_arms(model, n, schedule, scorer, **options)
-        times = take_turns(model.device, arms, new, repeats)
-        rows.append(bench_row(model, n, schedule, times, new))
-        print_bench(rows[-1])
-    return rows
+    arms = both_arms(schedule, scorer)
+
+    def measure(n):
+        timed = timed_arms(generate, model, random_prompt(model, n), arms, **options)
+        times = take_turns(model.device, timed, new, repeats)
+        row = bench_row(model, n, schedule, times, new)
+        print_bench(row)
+        return row
+    return one_by_one(lengths, measure)
 
 
 def main():
@@ -134,21 +130,23 @@ def main():
     scorer = agreed(scorer)         # with --tp: the first process decides for all
     options = compile_model(model, extend) if args.compile else {}
     if args.bench:
-        new = args.max_new_tokens or 128
+        new = fitting(model, max(args.bench), args.max_new_tokens, 128)
         rows = bench(model, args.bench, schedule, scorer, new, args.repeats, **options)
         result = {"bench": rows}
     else:
         tokenizer = Tokenizer(args.ckpt)
         ids, expected = chosen_prompt(args, tokenizer, metadata)
         tokens = torch.tensor([ids], device=model.device)
-        arms = {"full": (None, None), "sdtp": (schedule, scorer)}
-        if args.h2o:
+        arms = both_arms(schedule, scorer)
+        if args.h2o is not None:
             options["cache"] = h2o(args.h2o)
         pick = agreed(sampler(args.temperature))
-        new = args.max_new_tokens or 48
+        new = fitting(model, len(ids), args.max_new_tokens, 48)
         runs = side_by_side(model, tokens, arms, new, pick=pick, **options)
         result = show_arms(model, tokenizer, ids, runs, schedule, expected, args.html)
     print_json(args, model, {"schedule": asdict(schedule), **result})
+    if args.bench:
+        check_measured(rows, args.bench)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checkpoint import Tokenizer  # noqa: F401
 from support.checkpoint import (PUBLISHED, choose_device, describe, fill_randomly, read_config,
                                 read_whole, shards, tensors)
 from support.files import need
+from support.tokenizer import Tokenizer  # noqa: F401
 
 # The position of padding: after every real query, so none sees it.
 PAD = 1 << 30

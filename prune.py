@@ -24,6 +24,7 @@ from support.files import need
 from support.options import cli, print_json, schedule_options
 from support.parsers import prune_parser
 from support.printing import print_flops
+from support.sampling import finite
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ def nll(model, tokens, prompt_len, schedule=None, scorer=None):
     """Negative log-likelihood of each response token: tokens (B, N) -> (B, N - prompt_len).
 
     The prompt is pruned; the response is read on its caches in one pass, which equals decode.
+    Raises ValueError for logits that are not finite.
     """
     prompt = tokens[:, :prompt_len]
     response = tokens[:, prompt_len:]
@@ -223,7 +225,7 @@ def nll(model, tokens, prompt_len, schedule=None, scorer=None):
     if R > 1:
         more = extend(model, response[:, :-1], prompt_len, caches)
         logits = torch.cat((logits, more), dim=1)
-    logits = logits.flatten(0, 1)
+    logits = finite(model, logits.flatten(0, 1))
     losses = F.cross_entropy(logits, response.flatten(), reduction="none")
     return losses.view(response.shape)
 

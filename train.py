@@ -29,7 +29,7 @@ from predictor import Predictor, gumbel_mask, mse_loss, ranking_loss, score, str
 from prune import Schedule, candidates, select
 from saliency import mark, reduce_saliency
 from support import parallel
-from support.data import IGNORE, pad, response_labels
+from support.data import IGNORE, pad, prompt_notes, response_labels
 from support.files import need, output
 from support.options import cli, print_json, schedule_options
 from support.parsers import recipe_options, train_parser
@@ -313,15 +313,16 @@ def main():
     out = output(args.out or f"out/{Path(args.ckpt).name}", "predictors.safetensors")
     marker = remembering(marking) if args.hold else marking
     measure = partial(report, model, heldout, schedule, args.reduce)
+    stop = stop_on_signals()
     run = fit(model, rows, schedule, recipe, out, marker,
               report=measure if heldout else None,
               report_every=args.report_every,
               save_every=args.save_every,
               resume=args.resume,
-              stop=stop_on_signals(),
-              template=args.template or "plain")
+              stop=stop,
+              notes=prompt_notes(args))
     if validation:
-        prior = calibrate(model, run.predictors, validation, run.schedule)
+        prior = calibrate(model, run.predictors, validation, run.schedule, stop=stop)
         run.save(recipe.steps, prior=prior)
     if args.png and parallel.rank() == 0:
         curve(run.log, args.png)

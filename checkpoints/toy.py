@@ -26,6 +26,7 @@ from prune import UNPRUNED, extend, prefill  # noqa: E402
 from support.files import save_tensors  # noqa: E402
 from support.options import (  # noqa: E402
     add_pruning_arguments, at_least, cli, command_parser, provenance)
+from support.sampling import finite, one_past  # noqa: E402
 from support.saved import load_pruning  # noqa: E402
 
 HERE = Path(__file__).resolve().parent / "toy"
@@ -370,7 +371,7 @@ def examine(model, prompt, schedule, scorer):
     rest = extend(model, tokens[:, prompt_len:-1], prompt_len, caches)
     # Greedy decoding gives the answer exactly when each of its tokens is the likeliest one
     # after those before it.
-    said = torch.cat((logits[:, None], rest), 1).argmax(-1)
+    said = finite(model, torch.cat((logits[:, None], rest), 1)).argmax(-1)
     alive = trace[-1].kept[0].tolist() if trace else range(prompt_len)
     return torch.equal(said, tokens[:, prompt_len:]), len(set(alive) & set(asked))
 
@@ -405,7 +406,10 @@ def evaluate(args):
     model, schedule, predictors, _ = load_pruning(args)
     tokenizer = Tokenizer(args.ckpt)
     rng = random.Random(args.seed + 1_000_000)
+    one_past(model, args.least, 1)
     prompts = [fresh_prompt(rng, tokenizer, args.least) for _ in range(args.eval)]
+    for number, (tokens, n, _) in enumerate(prompts, start=1):
+        one_past(model, n, tokens.shape[1] - n, f"prompt {number} of {len(prompts)}: ")
     lengths = [prompt_len for _, prompt_len, _ in prompts]
     print(f"{len(prompts)} fresh prompts of {min(lengths)} to {max(lengths)} tokens,"
           f" stages after blocks {schedule.after(len(model.blocks))},"

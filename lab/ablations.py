@@ -437,10 +437,19 @@ def options():
                         "PREFIX_figure4.png and PREFIX_figure5.png (needs matplotlib)")
     parser.add_argument("--work", default="out/ablations",
                         help="where what is trained and measured is kept")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="losses, "
-                        "seeds, targets: of the trainings; with several a number is their mean")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", help="losses, seeds, "
+                        "targets: of the trainings (default: 0); of several the mean counts")
     add_json_argument(parser)
     return parser
+
+
+def check_options(args):
+    """Refuse options that the table asked for would pass over."""
+    given = {"--text": (args.text, ("open",)), "--png": (args.png, ("figures",)),
+             "--seeds": (args.seeds, tuple(TABLES))}
+    for name, (value, tables) in given.items():
+        need(not value or args.table in tables,
+             f"--table {args.table} does nothing with {name}: it is for {', '.join(tables)}")
 
 
 def load_study(args):
@@ -459,6 +468,7 @@ def load_study(args):
 
 def main():
     args = options().parse_args()
+    check_options(args)
     tokenizer, start = Tokenizer(args.ckpt), time.time()
     model, schedule, predictors, prior = load_study(args)
     study = Study(model, args.work, args.epochs)
@@ -472,7 +482,8 @@ def main():
         found = figures(study, rows, heldout)
     else:
         names = TABLES[args.table]
-        found = trained_variants(study, rows, heldout, schedule, names, args.seeds)
+        seeds = args.seeds or [0]
+        found = trained_variants(study, rows, heldout, schedule, names, seeds)
     if args.table == "figures" and args.png:
         draw(found, f"{args.ckpt}, {len(heldout)} rows", args.png)
     if args.json:

@@ -8,16 +8,17 @@ from dataclasses import asdict
 
 import torch
 
+from infer import both_arms
 from lab.scorers import SCORERS, make_scorer
 from model import Tokenizer
 from prune import extend, prefill
 from support.checkpoint import find
-from support.data import TEMPLATES, prompt_text, read_rows
+from support.data import chosen_template, prompt_text, read_rows
 from support.files import need
-from support.options import (add_json_argument, add_pruning_arguments, add_tp_argument, at_least,
-                             cli, command_parser, print_json)
+from support.options import (add_json_argument, add_pruning_arguments, add_template_arguments,
+                             add_tp_argument, at_least, cli, command_parser, print_json)
 from support.parallel import agreed
-from support.sampling import greedy
+from support.sampling import ends, finite, fitting, greedy, one_past
 from support.saved import load_pruning
 from support.timing import clock
 
@@ -30,19 +31,22 @@ def generate_batch(model, prompts, max_new_tokens, schedule=None, scorer=None, e
     A row reads what `infer.generate` gives it alone, up to and with an eos. Not for scorers that
     look at the whole batch: random, attention of the last queries, the oracle.
     """
-    need(prompts and all(prompts) and max_new_tokens > 0, "a batch needs at least one prompt, no "
-                                                          "empty one, and something to generate")
-    eos = model.config.eos if eos is None else eos
-    lengths = [len(prompt) for prompt in prompts]
+    need(prompts and all(prompts) and max_new_tokens != 0, "a batch needs at least one prompt, no "
+                                                           "empty one, and something to generate")
+    lengths, eos = [len(prompt) for prompt in prompts], ends(model, eos)
+    for number, n in enumerate(lengths, start=1):   # a row that is too long would cost all others
+        one_past(model, n, max_new_tokens, f"prompt {number} of {len(prompts)}: ")
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)   # (B, N)
-    logits, caches, _ = prefill(model, tokens, schedule, scorer, max_new_tokens, lengths=lengths)
+    room = max_new_tokens - 1
+    logits, caches, _ = prefill(model, tokens, schedule, scorer, room, lengths=lengths)
     pos = torch.tensor(lengths, device=model.device)[:, None]
     stop = pos.new_tensor(eos)
-    token = pick(logits)                                            # (B, 1)
+    token = pick(finite(model, logits))                             # (B, 1)
     new, ended = [token], torch.isin(token, stop)
     while len(new) < max_new_tokens and not ended.all():
         logits = extend(model, token, pos, caches, max(lengths) + len(new))     # (B, 1, V)
+        finite(model, logits[~ended[:, 0]])     # a row that has ended cannot spoil the others
         token = pick(logits[:, -1])
         new.append(token)
         ended |= torch.isin(token, stop)
@@ -68,46 +72,56 @@ def batch_parser():
                                        "toy: its own)")
     parser.add_argument("--batch", type=at_least(1), default=8, metavar="B",
                         help="so many rows, the first")
-    parser.add_argument("--template", choices=sorted(TEMPLATES),
-                        help="prompt template (default: the predictors', else plain)")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=48)
+    add_template_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=at_least(1),
+                        help="default: 48, or as many as fit behind the longest prompt")
     parser.add_argument("--seed", type=int, default=0)
     add_tp_argument(parser)
     add_json_argument(parser)
     return parser
 
 
-def answer(model, tokenizer, rows, prompts, new, schedule=None, scorer=None):
-    """The rows' answers under one arm, and its time -> a dict."""
-    generate_batch(model, prompts, 2, schedule, scorer, pick=agreed(greedy))    # a warm-up
-    start = clock(model.device)
-    made = generate_batch(model, prompts, new, schedule, scorer, pick=agreed(greedy))
-    seconds = clock(model.device) - start
-    eos = model.config.eos
-    texts = [tokenizer.decode([token for token in row if token not in eos]) for row in made]
-    read = sum(map(len, prompts + made))
-    name = "sdtp" if schedule else "full"
-    print(f"\n{name}: {seconds:.2f} s, {read / seconds:.0f} tokens/s")
-    for row, text in zip(rows, texts):
-        print(f"  {text!r}   right {row['response']!r}")
-    return {"arm": name, "seconds": seconds, "texts": texts}
+def answer(model, tokenizer, rows, prompts, new, arms):
+    """The rows' answers under several arms, {name: (schedule, scorer)}, and times -> dicts.
+
+    The first pass of each arm says its texts and is a warm-up. Then all make as many tokens as the
+    longest text has, past an eos too, in turn there and back: the seconds are the mean.
+    """
+    pick, said = agreed(greedy), {}
+    for name, arm in arms.items():
+        said[name] = generate_batch(model, prompts, new, *arm, pick=pick)
+    longest = max(len(row) for made in said.values() for row in made)
+    seconds = dict.fromkeys(arms, 0.0)
+    for name in [*arms, *reversed(arms)]:
+        start = clock(model.device)
+        generate_batch(model, prompts, longest, *arms[name], eos=(), pick=pick)
+        seconds[name] += (clock(model.device) - start) / 2
+    read, told = sum(map(len, prompts)) + longest * len(prompts), []
+    for name, made in said.items():
+        texts = [tokenizer.decode([t for t in row if t not in model.config.eos]) for row in made]
+        print(f"\n{name}: {seconds[name]:.2f} s for {longest} new tokens a row, "
+              f"{read / seconds[name]:.0f} tokens/s")
+        for row, text in zip(rows, texts):
+            print(f"  {text!r}   right {row['response']!r}")
+        told.append({"arm": name, "seconds": seconds[name], "new_tokens": longest, "texts": texts})
+    return told
 
 
 def main():
     args = batch_parser().parse_args()
     torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(args.ckpt)
     model, schedule, predictors, metadata = load_pruning(args)
     prior = metadata.get("prior", 0.0)
     scorer = agreed(make_scorer(args.scorer, model, schedule, predictors, args.seed, prior))
-    tokenizer = Tokenizer(args.ckpt)
     rows = read_rows(args.data or find(args.ckpt) / "train.jsonl", "heldout")[:args.batch]
     need(rows, "no held-out row to read: name a file with --data")
-    template = args.template or metadata.get("template", "plain")
-    prompts = [tokenizer.encode(prompt_text(row, template)) for row in rows]
+    template, system = chosen_template(args, metadata)
+    prompts = [tokenizer.encode(prompt_text(row, template, system=system)) for row in rows]
     lengths = [len(prompt) for prompt in prompts]
     print(f"{len(rows)} rows in one batch, prompts of {min(lengths)} to {max(lengths)} tokens")
-    arms = (None, None), (schedule, scorer)
-    told = [answer(model, tokenizer, rows, prompts, args.max_new_tokens, *arm) for arm in arms]
+    new = fitting(model, max(lengths), args.max_new_tokens, 48)
+    told = answer(model, tokenizer, rows, prompts, new, both_arms(schedule, scorer))
     print_json(args, model, {"schedule": asdict(schedule), "batch": told})
 
 

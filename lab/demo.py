@@ -37,8 +37,9 @@ def show_arms(model, tokenizer, ids, runs, schedule, expected=None, html=None):
     if html:
         survivors_page(html, pieces, stage_of, trace, schedule)
         print(f"wrote {html}")
-    full = summary(model, runs["full"], tokenizer)
-    sdtp = summary(model, runs["sdtp"], tokenizer, schedule)
+    longest = max(len(run.tokens) for run in runs.values())
+    full = summary(model, runs["full"], tokenizer, longest)
+    sdtp = summary(model, runs["sdtp"], tokenizer, longest, schedule)
     print(in_words("full", full) + "\n" + in_words("sdtp", sdtp))
     if expected is not None:
         print(f"right {expected!r}")
@@ -50,14 +51,18 @@ def show_arms(model, tokenizer, ids, runs, schedule, expected=None, html=None):
             "full": full, "sdtp": sdtp}
 
 
-def summary(model, run, tokenizer, schedule=None):
-    """An infer.Generation's text, times, FLOPs (with the schedule's predictors) and bytes."""
+def summary(model, run, tokenizer, longest, schedule=None):
+    """An infer.Generation's text, times, FLOPs (with the schedule's predictors) and bytes.
+
+    What two arms are compared by does not depend on how much each says: caches as the prompt left
+    them, and the time of as many tokens as the longest text has.
+    """
     said = run.tokens[:-1] if run.tokens[-1] in model.config.eos else run.tokens
     return {"text": tokenizer.decode(said), "counts": run.counts, "prefill_s": run.prefill_s,
             "decode_s": run.decode_s,
-            "e2e_s": run.prefill_s + run.decode_s * (len(run.tokens) - 1),
+            "e2e_s": run.prefill_s + run.decode_s * (longest - 1), "e2e_tokens": longest,
             "flops": flops(model.config, run.counts, schedule=schedule),
-            "kv_bytes": run.kv_bytes, "new_tokens": len(run.tokens)}
+            "kv_bytes": run.prompt_kv_bytes, "new_tokens": len(run.tokens)}
 
 
 def in_words(name, told):
@@ -66,6 +71,6 @@ def in_words(name, told):
     counts = ", ".join(f"{n} x{len(list(group))}" for n, group in groups)
     return (f"{name:4}  {told['text']!r}\n"
             f"      prefill {1e3 * told['prefill_s']:.1f} ms, {told['flops'] / 1e9:.2f} GFLOPs; "
-            f"decode {1e3 * told['decode_s']:.1f} ms a token; end to end "
+            f"decode {1e3 * told['decode_s']:.1f} ms a token; {told['e2e_tokens']} tokens in "
             f"{1e3 * told['e2e_s']:.1f} ms; KV {told['kv_bytes'] / 1e6:.3f} MB\n"
             f"      tokens per block {counts}")

@@ -2,6 +2,7 @@
 
 Shapes: B = 1 row, N tokens, S stages.
 """
+import sys
 from collections import Counter
 
 import torch
@@ -11,6 +12,7 @@ from model import positions
 from predictor import score
 from prune import candidates, nll, predictor_scorer
 from saliency import mark, reduce_saliency
+from support.parallel import anyone
 
 PRIORS = (0.0, 0.25, 0.5, 1.0, -0.25, -0.5)
 
@@ -30,7 +32,10 @@ def overlap(a, b, share):
 
 
 def report(model, rows, schedule, reduce, predictors):
-    """-> {"spearman", "overlap"}, means over stages and rows, and "nll_*" per response token."""
+    """-> {"spearman", "overlap"}, means over stages and rows, and "nll_*" per response token.
+
+    The first two are absent where no prompt has two tokens that may be dropped.
+    """
     correlations, overlaps, total, count = [], [], Counter(), 0
     for number, example in enumerate(rows):
         tokens, n = example.tokens[None].to(model.device), example.prompt_len
@@ -48,16 +53,18 @@ def report(model, rows, schedule, reduce, predictors):
         for name, scorer in scorers.items():
             total[f"nll_{name}"] += nll(model, tokens, n, schedule, scorer).sum().item()
         count += tokens.shape[1] - n
-    found = {"spearman": sum(correlations) / max(1, len(correlations)),
-             "overlap": sum(overlaps) / max(1, len(overlaps))}
+    found = {}
+    if correlations:
+        found = {"spearman": sum(correlations) / len(correlations),
+                 "overlap": sum(overlaps) / len(overlaps)}
     return found | {name: value / count for name, value in total.items()}
 
 
-def calibrate(model, predictors, rows, schedule, priors=PRIORS):
+def calibrate(model, predictors, rows, schedule, priors=PRIORS, stop=()):
     """Beyond the paper: the prior under which the pruned model finds these rows likeliest.
 
     Not the rows trained on: there the predictors know more than they will know later, and the
-    prior comes out too small.
+    prior comes out too small. stop: leaves the program after the row in which it is filled.
     """
     found = {}
     for prior in priors:
@@ -65,6 +72,9 @@ def calibrate(model, predictors, rows, schedule, priors=PRIORS):
         for example in rows:
             tokens = example.tokens[None].to(model.device)
             values.append(nll(model, tokens, example.prompt_len, schedule, scorer).flatten())
+            if anyone(bool(stop)):
+                sys.exit("stopped while calibrating: the predictors are saved; the same command "
+                         "with --resume calibrates them")
         found[prior] = torch.cat(values).mean().item()
         print(f"calibrating: prior {prior} gives NLL {found[prior]:.4f} on {len(rows)} validation "
               "rows", flush=True)

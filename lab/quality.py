@@ -21,7 +21,7 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 text, rows {text}
        copa, piqa, winogrande, boolq, choice    accuracy of the likeliest answer, in
                 lm-evaluation-harness' formats: acc by likelihood, acc_norm by likelihood per
-                byte; choice reads any rows {context, choices, label}
+                character; choice reads any rows {context, choices, label}
        lambada  the last word of {text}: is it the model's own choice?
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
@@ -33,8 +33,8 @@ scorers: full; predictor, prior (the same with its calibrated preference for a p
        or by recency alone, once the prompt is read: an answer's first token still comes from the
        whole prompt).
 
---min-prompt, --max-prompt, --context, --template and --question shape the tasks nll and long
-(text: --max-prompt alone). ROUGE-L needs the package rouge-score.
+--min-prompt, --max-prompt, --context, --template, --system and --question shape the tasks nll and
+long (text: --max-prompt alone). ROUGE-L needs the package rouge-score.
 
 Rows already measured are kept in --rows-file: the same command goes on where it was stopped.
 
@@ -59,13 +59,14 @@ from lab.tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_
 from model import KVCache, Llama, Tokenizer, positions
 from prune import UNPRUNED, Schedule, extend, prefill, select
 from saliency import REDUCE, saliency
-from support.caches import H2OCache, h2o
-from support.data import digest, parse_row
+from support.caches import NO_WINDOW, H2OCache, h2o
+from support.data import chosen_template, digest, parse_row
 from support.files import need
 from support.options import (Progress, add_data_arguments, add_json_argument,
                              add_pruning_arguments, add_tp_argument, at_least, cli, command_parser,
                              provenance, rows_from)
 from support.parallel import agreed, first_number, rank
+from support.sampling import finite
 from support.saved import load_pruning
 from support.timing import clock
 
@@ -143,7 +144,7 @@ def read_answers(model, tokens, answers, schedule=None, scorer=None, cache=KVCac
     and the seconds of the prefill. Every answer finds the caches as the prompt left them.
     """
     start = clock(model.device)
-    room = max(len(answer.tokens) for answer in answers)
+    room = max(len(answer.tokens) for answer in answers) - 1        # the last is not read
     first, caches, _ = prefill(model, tokens, schedule, scorer, room, cache)
     seconds = clock(model.device) - start
     held = [cache.n for cache in caches]
@@ -169,7 +170,7 @@ def read_answer(model, answer, first, caches, start):
     for i in range(0, before.shape[1], step):
         logits.append(extend(model, before[:, i:i + step], start + i, caches))
     counted = ids[0, answer.start:]
-    log_p = torch.cat(logits, 1)[0, answer.start:].log_softmax(-1)  # (n, V)
+    log_p = finite(model, torch.cat(logits, 1)[0, answer.start:]).log_softmax(-1)   # (n, V)
     value = log_p.gather(1, counted[:, None]).sum().item()
     chosen = bool((log_p.argmax(-1) == counted).all())
     return [value, len(counted), chosen]
@@ -195,9 +196,18 @@ class Setup:
 
 
 def measure(setup, item, names, seed):
-    """One row of data under every arm -> {arm's name: see measure_arm}; seed: of random scores."""
-    known = {}
-    return {name: measure_arm(setup, item, setup.arm(name), seed, known) for name in names}
+    """One row of data under every arm -> {arm's name: see measure_arm}.
+
+    seed: the row's number, and that of random scores. Odd rows meet the arms from the last to the
+    first: rows are also timed, and so nobody always follows the same arm.
+    """
+    known, found = {}, {}
+    for name in reversed(names) if seed % 2 else names:
+        try:
+            found[name] = measure_arm(setup, item, setup.arm(name), seed, known)
+        except ValueError as e:
+            raise ValueError(f"row {seed + 1}, {name}: {e}") from None
+    return {name: found[name] for name in names}
 
 
 def measure_arm(setup, item, arm, seed, known):
@@ -350,14 +360,14 @@ def metrics(rows, arm, task, items, score="f1"):
 
 
 def accuracies(answers, items):
-    """Multiple choice by likelihood and by likelihood per byte, from read_answers' numbers."""
-    right, right_per_byte = [], []
+    """Multiple choice by likelihood, also per character, from read_answers' numbers."""
+    right, right_per_char = [], []
     for item, read in zip(items, answers):
         values = [value for value, _, _ in read]
-        per_byte = [value / max(1, answer.n_bytes) for value, answer in zip(values, item.answers)]
+        per_char = [value / max(1, answer.n_chars) for value, answer in zip(values, item.answers)]
         right.append(values.index(max(values)) == item.gold)
-        right_per_byte.append(per_byte.index(max(per_byte)) == item.gold)
-    return {"acc": mean_of(right), "acc_norm": mean_of(right_per_byte)}
+        right_per_char.append(per_char.index(max(per_char)) == item.gold)
+    return {"acc": mean_of(right), "acc_norm": mean_of(right_per_char)}
 
 
 def speedups(rows, arm):
@@ -462,16 +472,37 @@ def options():
     return parser
 
 
-def read_items(args, tokenizer, template):
-    """The Items of a task."""
+def check_task(args):
+    """Refuse what the task does not read, before anything is read."""
+    choice = args.task in (*CHOICE, "lambada")
+    need(choice or not args.shots,
+         f"--task {args.task} has no few-shot examples: leave out --shots")
+    need(args.task == "long" or not args.rouge,
+         f"--task {args.task} generates no text: leave out --rouge")
     need(args.task == "nll" or args.data, f"--task {args.task} needs --data")
+
+
+def check_lengths(items, limit, new_tokens):
+    """That the model's positions, `limit`, are enough for every Item, before any is measured."""
+    for number, item in enumerate(items, start=1):
+        longest = max(new_tokens, *(len(answer.tokens) for answer in item.answers))
+        read = len(item.prompt) + longest - 1       # the last token is not read
+        need(read <= limit,
+             f"row {number}: a prompt of {len(item.prompt):,} tokens and an answer of {longest:,} "
+             f"are more than this model's {limit:,} positions; choose a smaller --max-prompt or "
+             "fewer --shots")
+
+
+def read_items(args, tokenizer, metadata):
+    """The Items of a task."""
     if args.task == "nll":
-        return [as_item(e) for e in rows_from(args, tokenizer, "heldout", template=template)]
+        return [as_item(e) for e in rows_from(args, tokenizer, "heldout", metadata=metadata)]
     if args.task == "text":
         return text_items(tokenizer, args.data, args.max_prompt, args.max_response, args.limit)
     if args.task == "long":
+        template, system = chosen_template(args, metadata)
         return long_items(tokenizer, args.data, template, args.min_prompt, args.max_prompt,
-                          args.max_response, args.question, args.limit)
+                          args.max_response, args.question, args.limit, system)
     return choice_items(tokenizer, args.data, args.task, args.limit, args.shots, args.seed)
 
 
@@ -481,18 +512,31 @@ def as_item(example):
     return Item(ids[:n], [Answer(ids[n:], 0, 1)], 0)
 
 
-def identity(args, arms, setup):
-    """A text that says what a measured row depends on; a larger --limit changes none."""
+def identity(args, arms, setup, first):
+    """A text that says what a measured row depends on; a larger --limit changes none.
+
+    first: the first Item; it tells one format of a task from another.
+    """
     model = setup.model
     given = {name: value for name, value in vars(args).items()
              if name not in ("rows_file", "json", "limit")}
-    depends = [model.blocks[0], model.norm]
+    depends = [model.blocks[0], model.norm, first]
     if setup.predictors is not None:
         depends.append(setup.predictors)
     if args.data:
         depends.append(Path(args.data))
     return json.dumps([given, arms, asdict(setup.schedule), setup.prior, str(model.dtype),
                        str(model.device), digest(*depends)])
+
+
+def check_window(setup, items, arms):
+    """That no row meets H2O and a sliding window that is too short for it, before any is read."""
+    window = setup.model.config.window
+    if not window or setup.share == 1 or not any("+" in name for name in arms):
+        return
+    for number, item in enumerate(items, start=1):
+        new = max(setup.new_tokens, *(len(answer.tokens) for answer in item.answers))
+        need(len(item.prompt) + new - 1 <= window, f"row {number}: {NO_WINDOW}")
 
 
 def describe(args, setup, lengths):
@@ -506,20 +550,22 @@ def describe(args, setup, lengths):
 
 def main():
     args = options().parse_args()
+    check_task(args)
     tokenizer = Tokenizer(args.ckpt)
     model, schedule, predictors, metadata = load_pruning(args)
     prior = metadata.get("prior", 0.0)
     arms = args.scorers or default_arms(args.task, predictors is not None, prior, args.tp)
     for name in arms:
         parse_arm(name, 1, args.h2o)
-    template = args.template or metadata.get("template", "plain")
-    items = read_items(args, tokenizer, template)
+    items = read_items(args, tokenizer, metadata)
     lengths = [len(item.prompt) for item in items]
-    setup = Setup(model, schedule, predictors, prior, args.h2o,
-                  new_tokens=args.max_new_tokens if args.task == "long" else 0,
-                  tokenizer=tokenizer, score=rouge_l() if args.rouge else f1)
+    new_tokens = args.max_new_tokens if args.task == "long" else 0
+    check_lengths(items, model.config.max_positions, new_tokens)
+    setup = Setup(model, schedule, predictors, prior, args.h2o, new_tokens, tokenizer,
+                  score=rouge_l() if args.rouge else f1)
+    check_window(setup, items, arms)
     describe(args, setup, lengths)
-    start, run = time.time(), identity(args, arms, setup)
+    start, run = time.time(), identity(args, arms, setup, items[0])
     log = Path(args.rows_file or Path("out", "quality", f"{args.task}-{digest(run)}.jsonl"))
     done = measure_rows(setup, items, arms, log, run)
     if rank():

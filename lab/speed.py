@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from infer import both_arms
+from infer import both_arms, generate
 from lab.figures import cost_against_length
 from lab.scorers import SCORERS, make_scorer
 from model import hf_name, positions
@@ -26,8 +26,11 @@ from support.caches import compile_model
 from support.files import need
 from support.options import (add_json_argument, add_pruning_arguments, at_least, cli,
                              command_parser, hardware, print_json)
+from support.printing import gigabytes
+from support.sampling import fitting
 from support.saved import load_pruning
-from support.timing import bench_row, clock, random_prompt, take_turns
+from support.timing import (bench_row, check_bench, check_measured, clock, one_by_one,
+                            random_prompt, take_turns, timed_arms)
 
 # ---------------------------------------------------------------------------------------- floors
 
@@ -234,7 +237,7 @@ def print_row(row):
         line = (f"{row['n']:7d}  {name:12} {arm['prefill_s']:10.3f} ({low:.3f} to {high:.3f}) "
                 f"{arm['flops_s'] / 1e12:9.3g} {arm['of_peak']:8.0%} {1e3 * arm['decode_s']:11.2f} "
                 f"{arm['bytes_s'] / 1e9:6.3g} {arm['of_copy']:8.0%} {arm['e2e_s']:14.3f} "
-                f"{(arm['peak_bytes'] or 0) / 1e9:9.2f} {arm['kv_bytes'] / 1e9:8.3f}")
+                f"{gigabytes(arm['peak_bytes']):>9} {arm['kv_bytes'] / 1e9:8.3f}")
         if name == "sdtp":
             line += (f" {gain['prefill']:12.2f}x of {row['ideal']:.2f}x = "
                      f"{row['share_of_ideal']:4.0%} {gain['e2e']:12.2f}x, "
@@ -252,15 +255,18 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **optio
     vs: "transformers" for a third arm, as it comes. options: those of infer.generate. FLOPs and
     floors of SDTP are those of the predictors, whatever scorer runs.
     """
+    check_bench(model, lengths, new)
     theirs = as_transformers(model) if vs else None
-    best, rows = ceilings(model.device, model.dtype), []
+    best = ceilings(model.device, model.dtype)
     print(f"{hardware(model.device)}, {dtype_name(model)}; measured ceilings: matmul "
           f"{best.flops_s / 1e12:.3g} TFLOP/s, copy {best.bytes_s / 1e9:.3g} GB/s\n"
           f"{new} new tokens; every time the median of {repeats} in turn with the other arms "
           f"(prefill), of {min(3, repeats)} (decode)\n{HEAD}")
-    for n in lengths:
+    both = both_arms(schedule, scorer)
+
+    def measure(n):
         tokens = random_prompt(model, n)
-        arms = both_arms(model, n, schedule, scorer, **options)
+        arms = timed_arms(generate, model, tokens, both, **options)
         if vs:
             arms["transformers"] = partial(run_transformers, theirs, tokens)
         times = take_turns(model.device, arms, new, repeats)
@@ -271,19 +277,30 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **optio
         if vs:
             row["vs"] = against(row, model, theirs, tokens)
         print_row(row)
-        rows.append(row)
-    return rows
+        return row
+    return one_by_one(lengths, measure)
 
 
 # ------------------------------------------------------------------------------------ command line
+
+
+LENGTHS, NEW = (512, 1024, 2048, 4096), 128
+
+
+def usual_lengths(limit, new):
+    """The LENGTHS that a model of so many positions can read, the new tokens too."""
+    fit = [n for n in LENGTHS if n + (new or NEW) - 1 <= limit]
+    return fit or LENGTHS[:1]
 
 
 def speed_parser():
     parser = command_parser(__doc__)
     add_pruning_arguments(parser, SCORERS)
     parser.add_argument("--lengths", type=at_least(1), nargs="+", metavar="N",
-                        default=[512, 1024, 2048, 4096], help="prompt lengths")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+                        help="prompt lengths (default: 512 1024 2048 4096, those that the model "
+                             "has positions for)")
+    parser.add_argument("--max-new-tokens", type=at_least(1),
+                        help="default: 128, or as many as fit")
     parser.add_argument("--repeats", type=at_least(1), default=5,
                         help="timed prefills of each arm")
     parser.add_argument("--vs", choices=("transformers",),
@@ -306,19 +323,22 @@ def main():
     prior = metadata.get("prior", 0.0)
     scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, prior)
     options = compile_model(model, extend) if args.compile else {}
-    result = {"schedule": asdict(schedule),
-              "bench": bench(model, args.lengths, schedule, scorer, args.max_new_tokens,
-                             args.repeats, args.vs, **options)}
+    lengths = args.lengths or usual_lengths(model.config.max_positions, args.max_new_tokens)
+    new = fitting(model, max(lengths), args.max_new_tokens, NEW)
+    rows = bench(model, lengths, schedule, scorer, new, args.repeats, args.vs, **options)
+    result = {"schedule": asdict(schedule), "bench": rows}
     if args.compile:                # many more than the parts of a block would be a recompile storm
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print(f"torch.compile made {result['graphs']} graphs for {len(model.blocks)} blocks and "
-              f"{len(args.lengths)} lengths")
-    if args.profile:
-        result["profile"] = profile(model, max(args.lengths), schedule, scorer)
-    if args.png:
+              f"{len(lengths)} lengths")
+    if args.profile and rows:
+        longest = max(row["n"] for row in rows)
+        result["profile"] = profile(model, longest, schedule, scorer)
+    if args.png and rows:
         title = f"{args.ckpt}, {hardware(model.device)}, {dtype_name(model)}"
-        cost_against_length(result["bench"], args.png, title)
+        cost_against_length(rows, args.png, title)
     print_json(args, model, result)
+    check_measured(rows, lengths)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ SHORT = ("full", "oracle:norm_gx", "prior", "predictor", "earliest", "attention"
          "recent")
 
 TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ"}
-PER_BYTE = ("copa", "piqa")         # also scored by likelihood per byte
+PER_CHARACTER = ("copa", "piqa")    # also scored by likelihood per character
 CHOICE = [(task, shots) for shots in (0, 5) for task in TASKS]
 
 
@@ -248,12 +248,12 @@ def accuracies(title, by, scorers, metrics=("acc",)):
 
 
 def choice(*found):
-    """Table 3, a task in each row: accuracy, for two tasks also by likelihood per byte; means."""
+    """Table 3, a task in each row: accuracy, for two also by likelihood per character; means."""
     *tasks, lambada = map(by_metric, found)
     scorers = [scorer for scorer, metric in lambada if metric == "acc"]     # the first is full
     rows = []
     for (task, shots), by in zip(CHOICE, tasks):
-        metrics = ("acc", "acc_norm") if task in PER_BYTE else ("acc",)
+        metrics = ("acc", "acc_norm") if task in PER_CHARACTER else ("acc",)
         rows.append(accuracies(f"{TASKS[task]}, {shots}-shot", by, scorers, metrics))
     rows.append(accuracies("LAMBADA", lambada, scorers))
     for shots in (0, 5):
@@ -324,9 +324,18 @@ def speed_short(found):
             "decode per token, full -> SDTP", "end to end, full -> SDTP"], rows
 
 
+def peak(found, arm):
+    """The cell with an arm's peak memory; no cell where it was measured on a CPU.
+
+    There the peak is the whole process's, as old results have it, and tells nothing of the arm.
+    """
+    cpu = "threads" in found["hardware"]        # as support.options.hardware names one
+    return [] if cpu or arm["peak_bytes"] is None else [f"{arm['peak_bytes'] / 1e9:.2f} GB"]
+
+
 def speed_arms(found):
     """Table 2, measured: a row for each prompt length and arm."""
-    rows = []
+    rows, first = [], found["bench"][0]
     for row in found["bench"]:
         for name in [name for name in ARMS if name in row]:
             arm = row[name]
@@ -335,14 +344,12 @@ def speed_arms(found):
                 f"{arm['flops_s'] / 1e9:.0f} GFLOP/s = {arm['of_peak']:.0%}",
                 f"{1e3 * arm['decode_s']:.1f} ms",
                 f"{arm['bytes_s'] / 1e9:.1f} GB/s = {arm['of_copy']:.0%}",
-                f"{arm['e2e_s']:.2f} s", f"{(arm['peak_bytes'] or 0) / 1e9:.2f} GB",
-                f"{arm['kv_bytes'] / 1e6:.0f} MB",
+                f"{arm['e2e_s']:.2f} s", *peak(found, arm), f"{arm['kv_bytes'] / 1e6:.0f} MB",
             ])
-    first = found["bench"][0]
     return ["N", "arm", "prefill", f"of the matmul peak, {first['peak_flops'] / 1e9:.0f} GFLOP/s",
             "decode, per token",
             f"of the copy bandwidth, {first['copy_bytes_s'] / 1e9:.1f} GB/s",
-            "end to end", "peak memory", "KV"], rows
+            "end to end", *(["peak memory"] if peak(found, first["full"]) else []), "KV"], rows
 
 
 def speed_ratios(found):
@@ -365,7 +372,10 @@ def speed_ratios(found):
 
 
 def variant(row):
-    return [row["scorer"], likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
+    won = share(row)
+    if "trials" in row:             # one for each seed
+        won += f" ({', '.join(f'{trial:.0%}' for trial in row['trials'])})"
+    return [row["scorer"], likelihood(row), f"{row['mean_keep']:.0%}", won]
 
 
 def variants(found, group=None):

@@ -10,9 +10,10 @@ import random
 import re
 import string
 from collections import Counter
+from os.path import commonprefix
 from typing import NamedTuple
 
-from support.data import encode_row, prompt_text, read_rows
+from support.data import encode_row, prompt_text, read_rows, tell_losses
 from support.files import blame, need
 
 CHOICE = ("copa", "piqa", "winogrande", "boolq", "choice")
@@ -22,7 +23,7 @@ SUMMARISE = "Summarise the following text in a few sentences."
 class Answer(NamedTuple):
     tokens: list                    # token ids that follow the prompt
     start: int                      # the first of them that counts
-    n_bytes: int                    # UTF-8 length of the text that counts
+    n_chars: int                    # length of the text that counts, without a space before it
 
 
 class Item(NamedTuple):
@@ -46,7 +47,8 @@ def copa(row):
     link = {"cause": " because", "effect": " therefore"}[row["question"]]
     context = row["premise"].strip()[:-1] + link        # without the full stop
     choices = row["choice1"], row["choice2"]
-    return Choice(context, [("", " " + c[:1].lower() + c[1:]) for c in choices], row["label"])
+    # two spaces, as in lm-evaluation-harness
+    return Choice(context, [("", "  " + c[:1].lower() + c[1:]) for c in choices], row["label"])
 
 
 def piqa(row):
@@ -56,11 +58,13 @@ def piqa(row):
 
 
 def winogrande(row):
-    """The same ending is scored after either name."""
-    context, ending = row["sentence"].split("_")
+    """The same ending is scored after either name; the first blank is the one to fill."""
+    before, ending = row["sentence"].split("_", 1)
+    context = before.rstrip()
+    space, ending = before[len(context):], " " + ending.strip()
     names = row["option1"], row["option2"]
     gold = int(row["answer"]) - 1
-    return Choice(context.rstrip(), [(" " + name, ending) for name in names], gold)
+    return Choice(context, [(space + name, ending) for name in names], gold)
 
 
 def boolq(row):
@@ -71,7 +75,7 @@ def boolq(row):
 
 def lambada(row):
     """The last word is the only choice."""
-    context, word = row["text"].rstrip().rsplit(" ", 1)
+    context, word = row["text"].rsplit(" ", 1)
     return Choice(context, [("", " " + word)], 0)
 
 
@@ -116,6 +120,7 @@ def choice_items(tokenizer, path, task, limit, shots, seed):
     pool = max(10, len(rows) // 10)
     need(len(rows) > pool, f"{path}: {len(rows)} rows are too few, {pool} are set apart for "
                            "few-shot examples")
+    tell_losses(path, f"{len(rows)} rows", {"set apart for few-shot examples": pool}, {})
     asked, shown = rows[:-pool], rows[-pool:]
     items = []
     for number, row in enumerate(asked[:limit]):
@@ -123,8 +128,11 @@ def choice_items(tokenizer, path, task, limit, shots, seed):
         examples = random.Random(f"{seed} {number}").sample(shown, shots)
         context = "".join(map(solved, examples)) + row.context
         items.append(choice_item(tokenizer, row._replace(context=context)))
+        where = f"{path}, row {number + 1}"
+        need(items[-1].prompt, f"{where}: its prompt is empty, and this tokenizer has no token to "
+                               "begin with")
         need(all(0 <= a.start < len(a.tokens) for a in items[-1].answers),
-             f"{path}, row {number + 1}: a choice has no text")
+             f"{where}: a choice has no text")
     return items
 
 
@@ -134,14 +142,22 @@ def solved(choice):
 
 
 def choice_item(tokenizer, choice):
-    """Choice -> Item. A choice is encoded with its context: words are cut as in the whole text."""
-    context = choice.context
-    prompt = tokenizer.encode(context)
-    answers = []
+    """Choice -> Item. A choice is encoded with its context: words are cut as in the whole text.
+
+    The prompt is what both begin with. Without such a token it is tokenizer.prefix, or empty.
+    """
+    context, wholes, starts = choice.context, [], []
     for lead, scored in choice.choices:
-        start = len(tokenizer.encode(context + lead)) - len(prompt)
-        tokens = tokenizer.encode(context + lead + scored)[len(prompt):]
-        answers.append(Answer(tokens, start, len(scored.removeprefix(" ").encode())))
+        read = (context + lead).rstrip()        # white space counts with what follows
+        starts.append(len(tokenizer.encode(read)))
+        wholes.append(tokenizer.encode(context + lead + scored))
+    prompt = commonprefix([tokenizer.encode(context.rstrip()), *wholes])    # of any lists
+    shared, answers = len(prompt), []
+    for whole, start, (_, scored) in zip(wholes, starts, choice.choices):
+        n_chars = len(scored.removeprefix(" "))
+        answers.append(Answer(whole[shared:], start - shared, n_chars))
+    if not prompt and tokenizer.prefix is not None:
+        prompt = [tokenizer.prefix]
     return Item(prompt, answers, choice.gold)
 
 
@@ -224,30 +240,38 @@ def shorten(tokenizer, text, room):
 
 
 def long_items(tokenizer, path, template="plain", min_prompt=1, max_prompt=2048, max_response=96,
-               question="first", limit=None):
+               question="first", limit=None, system=None):
     """Question answering and summaries over long contexts -> at most `limit` Items.
 
     Contexts are shortened to prompts of max_prompt tokens; shorter prompts than min_prompt are
-    left out. The answer whose likelihood counts is the first, cut to max_response tokens.
+    left out. The answer whose likelihood counts is the first, cut to max_response tokens. One line
+    says how many rows are left out, shortened or cut.
     """
-    found = []
+    found, lost, cuts = [], Counter(), Counter()
     for number, row in enumerate(read_long(path), start=1):
         where = f"{path}, row {number}"
         need(is_long(row), f"{where}: expected text in context and input, and a list of answers")
         text = {"instruction": row["input"] or SUMMARISE, "response": row["answers"][0]}
-        bare = tokenizer.encode(prompt_text(text, template))
+        bare = tokenizer.encode(prompt_text(text, template, system=system))
         room = max_prompt - len(bare) - 16      # where parts meet, some tokens may come in
         need(room > 1, f"{where}: the question alone is longer than --max-prompt")
         context = row["context"].replace("NEWLINE_CHAR", "\n")
         text["context"] = shorten(tokenizer, context, room)
-        example = encode_row(tokenizer, text, template, max_response, question)
+        example = encode_row(tokenizer, text, template, None, question, system)
         prompt = example.tokens[:example.prompt_len].tolist()
         response = example.tokens[example.prompt_len:].tolist()
-        if len(prompt) >= min_prompt and response:
-            found.append(Item(prompt, [Answer(response, 0, 1)], 0, tuple(row["answers"])))
-            if len(found) == limit:
-                break
+        if len(prompt) < min_prompt or not response:
+            short = f"shorter than --min-prompt {min_prompt}"
+            lost[short if response else "without an answer"] += 1
+            continue
+        cuts["contexts shortened"] += text["context"] != context
+        cuts[f"answers read to {max_response} tokens"] += len(response) > max_response
+        answer = Answer(response[:max_response], 0, 1)
+        found.append(Item(prompt, [answer], 0, tuple(row["answers"])))
+        if len(found) == limit:
+            break
     need(found, f"{path}: no row with a prompt of at least {min_prompt} tokens")
+    tell_losses(path, f"{len(found)} rows", lost, cuts)
     return found
 
 

@@ -45,8 +45,8 @@ speed="python -m lab.speed --ckpt smollm2 --lengths"
 # The toy, and the training of SmolLM2's predictors
 make toy_exact python checkpoints/toy.py --eval 500
 make smollm2_training python train.py $real $dolly \
-    --cls 0 --mse 0 --pairs saliency --states marked --hold --epochs 2 --report-every 200 \
-    --calibrate 96 --out out/smollm2
+    --max-response 96 --cls 0 --mse 0 --pairs saliency --states marked --hold --epochs 2 \
+    --report-every 200 --calibrate 96 --out out/smollm2
 make smollm2_figure2 python saliency.py --figure 2 --ckpt smollm2 $dolly --limit 24 \
     --png "$results/smollm2_figure2.png"
 

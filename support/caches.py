@@ -14,6 +14,10 @@ import torch
 from model import PAD, KVCache
 from support.files import need
 
+# Evicted tokens leave no gap, and each KV head has others: no one list of positions is true.
+NO_WINDOW = ("H2O does not know the positions of what it has kept, so a sliding window shorter "
+             "than prompt and new tokens cannot be applied: use a shorter prompt, or leave H2O out")
+
 
 def h2o(share=0.4, heavy=0.5):
     """The kind of cache that keeps `share` of its tokens; heavy=0 keeps the latest alone."""
@@ -32,6 +36,8 @@ class H2OCache(KVCache):
 
     def __init__(self, config, batch, capacity, device, dtype, padded=False, share=0.4, heavy=0.5):
         need(not padded, "H2O reads rows of one length only")
+        # The first block's cache has room for all positions, and is made before the prompt is read.
+        need(share == 1 or not config.window or capacity <= config.window, NO_WINDOW)
         super().__init__(config, batch, capacity, device, dtype)
         self.share, self.heavy = share, heavy
         self.entered = 0                                    # tokens that came in, evicted ones too
@@ -40,12 +46,11 @@ class H2OCache(KVCache):
     def attend(self, q, k, v, rope):
         """As KVCache, then evict. Behind the prompt one token at a time: each may evict another."""
         need(self.n == 0 or q.shape[2] == 1, "H2O decodes one token at a time")
-        need(rope.window is None,
-             "H2O is not supported together with a sliding window shorter than the prompt")
+        need(self.share == 1 or rope.window is None, NO_WINDOW)
         out = super().attend(q, k, v, rope)
-        self.entered += q.shape[2]
-        self.weigh(q)
         if self.share < 1:
+            self.entered += q.shape[2]
+            self.weigh(q)
             self.evict()
         return out
 
@@ -86,6 +91,11 @@ def pick(memory, index):
     return kept
 
 
+def held_bytes(caches):
+    """Bytes of the keys and values that all these hold."""
+    return sum(cache.bytes for cache in caches)
+
+
 class StaticCache(KVCache):
     """Decode in shapes that never change, as a CUDA graph needs them.
 
@@ -103,10 +113,13 @@ class StaticCache(KVCache):
 
     def append(self, k, v, pos):
         """Add k, v (B, G, n, d), pos (B, n) -> the prompt as KVCache, then the whole memory."""
-        n = k.shape[2]
+        n, capacity = k.shape[2], self.k.shape[2]
         if self.n == 0:
             self.slot += n
             return super().append(k, v, pos)
+        end = self.n + n            # a recorded step is counted once: `recorded` looks at the rest
+        need(end <= capacity, f"KV cache is full: {end} tokens for a capacity of {capacity}")
+        self.n = end
         place = self.slot + torch.arange(n, device=k.device)
         self.k.index_copy_(2, place, k)
         self.v.index_copy_(2, place, v)
@@ -142,6 +155,8 @@ def recorded(extend, model, token, pos, caches, end):
     and from then on replayed. The logits are the same memory every time.
     """
     first = caches[0]               # the graph lives as long as the memory that it works on
+    capacity = first.k.shape[2]     # nothing was dropped before block 1: it holds every position
+    need(end <= capacity, f"KV cache is full: {end} tokens for a capacity of {capacity}")
     if not first.warm:
         first.warm = True
         return extend(model, token, pos, caches, end)

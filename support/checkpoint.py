@@ -1,4 +1,4 @@
-"""A checkpoint directory in Hugging Face layout, read and checked: config.json, weights, tokenizer.
+"""A checkpoint directory in Hugging Face layout, read and checked: config.json and weights.
 
 model.load says how the tensors become a model. What is damaged, unknown or unsafe is refused here,
 in one line that names the file. Weights are safetensors; nothing is unpickled, no code is run.
@@ -13,24 +13,35 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = ("llama", "mistral", "qwen2")
 # A model that sets one of these otherwise computes something that Block does not.
-PLAIN = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False,
-         "use_sliding_window": False, "quantization_config": None, "partial_rotary_factor": 1.0}
+PLAIN = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+BIASES = {"mlp_bias": False, "attention_bias": False}   # Llama alone reads these
+# What a config.json may leave out, as transformers' configuration classes have it. The sizes that
+# the weights take their shapes from have to be there: a default would be those of another model.
+DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2,
+                "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32,
+              "sliding_window": 4096, "max_window_layers": 28},
+}
 
 
 LLAMA3 = (8.0, 1.0, 4.0, 8192.0)
-# The shapes of `random:NAME`, which needs no files. The position limit is the default, 131,072, so
-# that long prompts can be timed.
+# The shapes of `random:NAME`, which needs no files. Random weights know no longest text, so their
+# limit is far beyond the models': prompts of 131,072 tokens and what is decoded after them.
+FAR = 1 << 20
 PUBLISHED = {
     "llama-7b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 32, "head_dim": 128,
-                 "ffn": 11008, "vocab": 32000, "bos": 1, "eos": (2,)},
+                 "ffn": 11008, "vocab": 32000, "max_positions": FAR, "bos": 1, "eos": (2,)},
     "mistral-7b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128,
-                   "ffn": 14336, "vocab": 32000, "rope_theta": 1e6, "bos": 1, "eos": (2,)},
+                   "ffn": 14336, "vocab": 32000, "rope_theta": 1e6, "max_positions": FAR, "bos": 1,
+                   "eos": (2,)},
     "llama-3-8b": {"dim": 4096, "n_blocks": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128,
                    "ffn": 14336, "vocab": 128256, "rope_theta": 5e5, "rope_llama3": LLAMA3,
-                   "bos": 128000, "eos": (128001,)},
+                   "max_positions": FAR, "bos": 128000, "eos": (128001,)},
     "llama-3-70b": {"dim": 8192, "n_blocks": 80, "n_heads": 64, "n_kv_heads": 8, "head_dim": 128,
                     "ffn": 28672, "vocab": 128256, "rope_theta": 5e5, "rope_llama3": LLAMA3,
-                    "bos": 128000, "eos": (128001,)},
+                    "max_positions": FAR, "bos": 128000, "eos": (128001,)},
 }
 
 
@@ -47,11 +58,15 @@ def describe(path):
 
 def shape_of(name):
     """The fields of model.Config: of a published shape, or of a checkpoint directory."""
-    return PUBLISHED.get(name) or read_config(find(name) / "config.json")
+    name = str(name)
+    return PUBLISHED.get(name.removeprefix("random:")) or read_config(find(name) / "config.json")
 
 
 def find(path):
     """A checkpoint directory, looked for as given and then under checkpoints/."""
+    need(not str(path).startswith("random:"),
+         f"{path}: random weights are for timings (infer.py --bench, lab.speed) and have no "
+         "tokenizer: name a checkpoint directory here")
     for place in (Path(path), ROOT / "checkpoints" / path):
         if (place / "config.json").is_file():
             return place
@@ -83,16 +98,16 @@ def read_config(path):
     family = raw.get("model_type")
     need(family in FAMILIES,
          f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
-    for name, plain in PLAIN.items():
+    raw = DEFAULTS[family] | raw
+    plain = PLAIN | (BIASES if family == "llama" else {})
+    for name, known in plain.items():
         value = raw.get(name)
-        need(value is None or value == plain, f"{path}: {name} = {value!r} is not supported")
-    tied = raw.get("tie_word_embeddings", False)
-    need(isinstance(tied, bool), f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
+        need(value is None or value == known, f"{path}: {name} = {value!r} is not supported")
     return {**read_shape(path, raw), **read_rope(path, raw), **read_ends(path, raw),
-            "tied": tied,
+            "tied": switch(path, raw, "tie_word_embeddings"),
             "qkv_bias": family == "qwen2",
             "norm_eps": positive(path, raw, "rms_norm_eps", 1e-6),
-            "window": read_window(path, raw) if family == "mistral" else None}
+            "window": None if family == "llama" else read_window(path, raw)}
 
 
 def read_shape(path, raw):
@@ -111,12 +126,12 @@ def read_shape(path, raw):
             "head_dim": head_dim,
             "ffn": whole(path, raw, "intermediate_size"),
             "vocab": whole(path, raw, "vocab_size"),
-            "max_positions": whole(path, raw, "max_position_embeddings", 2048, 2**31)}
+            "max_positions": whole(path, raw, "max_position_embeddings", largest=2**31)}
 
 
 def read_rope(path, raw):
     """The base of the rotary positions; from Llama 3.1 on, how slow turns are slowed further."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     need(isinstance(rope, dict), f"{path}: the rope settings are {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"),
@@ -134,24 +149,68 @@ def read_rope(path, raw):
 
 
 def read_window(path, raw):
-    """Mistral's sliding window; its first version has one without saying so."""
-    window = raw.get("sliding_window", 4096)
+    """The sliding window that all blocks of a Mistral or Qwen2 have; None where no block has one.
+
+    Mistral's first version has one without saying so; a Qwen2 has one only where it says so, in
+    the blocks from max_window_layers on. layer_types names the kind of every block instead.
+    """
+    window, blocks, first = raw.get("sliding_window"), raw["num_hidden_layers"], 0
     need(window is None or type(window) is int and window > 0,
          f"{path}: sliding_window is {window!r}")
+    if raw["model_type"] == "qwen2":
+        window = window if switch(path, raw, "use_sliding_window") else None
+        first = raw["max_window_layers"]
+        need(type(first) is int, f"{path}: max_window_layers is {first!r}")
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        kinds = [full if block < first else sliding for block in range(blocks)]
+    need(isinstance(kinds, list) and len(kinds) == blocks
+         and all(kind in (full, sliding) for kind in kinds),
+         f"{path}: layer_types is not a list of {blocks} times {full!r} or {sliding!r}")
+    if window is None or sliding not in kinds:
+        return None
+    need(full not in kinds, f"{path}: a sliding window in {kinds.count(sliding)} of {blocks} "
+                            "blocks is not supported (in all or none)")
     return window
 
 
 def read_ends(path, raw):
-    """The tokens that begin and end a text."""
-    bos, eos = raw.get("bos_token_id"), raw.get("eos_token_id")
-    if eos is None:
-        eos = []
-    elif not isinstance(eos, list):
-        eos = [eos]
-    ids = eos if bos is None else [*eos, bos]
-    need(all(type(token) is int and abs(token) < 2**30 for token in ids),
-         f"{path}: bos_token_id and eos_token_id must be whole numbers")
-    return {"bos": bos, "eos": tuple(eos)}
+    """The tokens that begin and end a text.
+
+    What generation_config.json says of the end counts before config.json: chat models that end
+    their turn with a token of its own may name it there alone.
+    """
+    bos, eos = raw.get("bos_token_id"), read_eos(path, raw)
+    need(bos is None or is_id(bos), f"{path}: bos_token_id must be a whole number, not {bos!r:.60}")
+    other = Path(path).with_name("generation_config.json")
+    if other.is_file():
+        told = read_json(other)
+        need(isinstance(told, dict), f"{other}: expected a JSON object")
+        if told.get("eos_token_id") is not None:
+            eos = read_eos(other, told)
+    return {"bos": bos, "eos": eos}
+
+
+def read_eos(path, raw):
+    """eos_token_id is a number, a list of them, or null -> a tuple."""
+    eos = raw.get("eos_token_id")
+    eos = [] if eos is None else eos
+    eos = eos if isinstance(eos, list) else [eos]
+    need(all(map(is_id, eos)), f"{path}: eos_token_id must be whole numbers, not {eos!r:.60}")
+    return tuple(eos)
+
+
+def is_id(token):
+    return type(token) is int and abs(token) < 2**30
+
+
+def switch(path, raw, name):
+    """A field that is true or false; absent and null are false."""
+    value = raw.get(name)
+    need(value is None or isinstance(value, bool),
+         f"{path}: {name} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def whole(path, raw, name, default=None, largest=2**24):
@@ -252,85 +311,3 @@ def check_tensor(file, name, stored, shapes, seen):
     # eight bits are useless without their scales
     need(stored.get_dtype() in ("F64", "F32", "F16", "BF16"),
          f"{file}: {name} holds {stored.get_dtype()}, expected floating point weights")
-
-
-# ------------------------------------------------------------------------------------- tokenizer
-
-
-class Tokenizer:
-    """Text <-> token ids, as a checkpoint's tokenizer.model or tokenizer.json says.
-
-    tokenizer.model is read by sentencepiece, tokenizer.json by the optional package tokenizers.
-    """
-
-    def __init__(self, path):
-        root = find(path)
-        self.path, self.sp, self.hf = root, None, None
-        self.vocab = read_config(root / "config.json")["vocab"]
-        if (root / "tokenizer.model").is_file():
-            self.sp = open_sentencepiece(root / "tokenizer.model")
-            self.add_bos = reads_bos(root / "tokenizer_config.json")
-        elif (root / "tokenizer.json").is_file():
-            self.hf = open_tokenizers(root / "tokenizer.json")
-        else:
-            raise FileNotFoundError(f"{root}: no tokenizer.model and no tokenizer.json")
-
-    def encode(self, text, bos=True):
-        """Token ids of a text, a list.
-
-        bos: put the begin-of-text token first where the tokenizer has one; False to go on with
-        a text.
-        """
-        if self.hf:
-            ids = self.hf.encode(text, add_special_tokens=bos).ids
-        else:
-            ids = self.sp.encode(text)
-            if bos and self.add_bos and self.sp.bos_id() >= 0:
-                ids.insert(0, self.sp.bos_id())
-        largest = max(ids, default=0)
-        need(largest < self.vocab, f"{self.path}: the tokenizer gives id {largest}, by config.json "
-                                   f"the model knows {self.vocab} tokens")
-        return ids
-
-    def decode(self, ids):
-        """The text of token ids; special tokens are left out."""
-        if self.hf:
-            return self.hf.decode(ids, skip_special_tokens=True)
-        return self.sp.decode([i for i in ids if i < self.sp.vocab_size()])
-
-    def piece(self, token):
-        """One token as readable text, for pictures."""
-        if self.hf:
-            return self.hf.decode([token], skip_special_tokens=False)
-        if token >= self.sp.vocab_size():   # a model's vocabulary may be padded
-            return ""
-        return self.sp.id_to_piece(token).replace("\u2581", " ")
-
-
-def open_sentencepiece(file):
-    import sentencepiece
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        sp.id_to_piece(list(range(sp.vocab_size())))    # pieces that are no UTF-8 are known now
-        return sp
-    except (RuntimeError, OSError, ValueError) as e:
-        raise ValueError(f"{file}: not a sentencepiece model ({e})") from None
-
-
-def reads_bos(file):
-    """Whether tokenizer_config.json lets a text begin with the begin-of-text token."""
-    settings = read_json(file) if file.is_file() else {}
-    need(isinstance(settings, dict), f"{file}: expected a JSON object")
-    return settings.get("add_bos_token", True) is not False
-
-
-def open_tokenizers(file):
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError(f"{file.parent} has only a tokenizer.json: `pip install tokenizers` "
-                          "to read it") from None
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:          # the package raises bare Exception
-        raise ValueError(f"{file}: not a tokenizer file ({e})") from None

@@ -6,21 +6,59 @@ measure on, its second half to choose by.
 """
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
 from model import per_row, positions
 from support.checkpoint import find
-from support.files import need
+from support.files import blame, need
+from support.parallel import rank
 
-TEMPLATES = {  # the user's text goes into {}, the answer follows
-    "plain": "{}",
-    "llama-2": "[INST] {} [/INST]",
-    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+
+class Template(NamedTuple):
+    """How a model's own chat template writes a prompt: a text goes into {}, the answer follows.
+
+    inside: the system text stands in the user's turn, before the user's text; else it has a turn
+    of its own. strips: white space around what goes into a turn is left out.
+    """
+    user: str
+    system: Optional[str] = None            # None: there is no place for a system text
+    default_system: Optional[str] = None    # the system text where none is asked for
+    inside: bool = False
+    strips: bool = False
+
+    def turn(self, form, text):
+        return form.replace("{}", text.strip() if self.strips else text)
+
+
+CHATML = Template(user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+                  system="<|im_start|>system\n{}<|im_end|>\n")
+LLAMA3 = Template(user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+                       "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                  system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+                  strips=True)
+# Begin-of-text is not in them: Tokenizer.encode puts it in front, where the model has it.
+TEMPLATES = {
+    "plain": Template("{}"),
+    "chatml": CHATML,
+    "smollm2": CHATML._replace(
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "qwen2": CHATML._replace(default_system="You are a helpful assistant."),
+    "qwen2.5": CHATML._replace(default_system="You are Qwen, created by Alibaba Cloud. "
+                                              "You are a helpful assistant."),
+    "llama-2": Template("[INST] {} [/INST]", "<<SYS>>\n{}\n<</SYS>>\n\n", inside=True, strips=True),
+    "llama-3": LLAMA3,
+    # 3.1 and 3.3 have a system turn even without a system text; in 3.2 the day is today's
+    "llama-3.1": LLAMA3._replace(
+        system="<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+               "December 2023\nToday Date: 26 Jul 2024\n\n{}<|eot_id|>",
+        default_system=""),
+    # 0.1, 0.2 and Mixtral; the space before the first [ is the tokenizer's
+    "mistral": Template("[INST] {} [/INST]", "{}\n\n", inside=True),
+    "mistral-v3": Template("[INST] {}[/INST]", "{}\n\n", inside=True),
 }
 # Characters in a part of a prompt: more than any context holds, and tokenizing them may take
 # gigabytes.
@@ -117,44 +155,112 @@ def parse_row(line, where, fields):
 # ---------------------------------------------------------------------------------------- encoding
 
 
-def prompt_text(row, template="plain", question="first"):
+def prompt_text(row, template="plain", question="first", system=None):
     """The prompt of a row: the template around instruction, blank line, context.
 
-    question="last" puts the context before the instruction.
+    question="last" puts the context before the instruction. system: the system text, "" for no
+    system turn; without one the template's own, if it has one.
     """
     need(template in TEMPLATES,
          f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
+    form = TEMPLATES[template]
+    system = form.default_system if system is None else system or None
+    need(system is None or form.system,
+         f"the prompt template {template!r} has no place for a system text: leave out --system, "
+         "or choose another --template")
     parts = [row["instruction"]]
     if row.get("context"):
         parts.insert(1 if question == "first" else 0, row["context"])
-    return TEMPLATES[template].replace("{}", "\n\n".join(parts))
+    text = "\n\n".join(parts)
+    if system is None:
+        return form.turn(form.user, text)
+    if form.inside:
+        return form.turn(form.user, form.system.replace("{}", system) + text)
+    return form.turn(form.system, system) + form.turn(form.user, text)
 
 
-def encode_row(tokenizer, row, template="plain", max_response=96, question="first"):
+def chosen_template(args, metadata):
+    """--template and --system, else what the predictors' metadata say -> (template, system text).
+
+    A system text in the metadata is one for the template there.
+    """
+    template, system = args.template or metadata.get("template", "plain"), args.system
+    if system is None and template == metadata.get("template"):
+        system = metadata.get("system")
+    return template, system
+
+
+def prompt_notes(args):
+    """What predictors keep of the prompts that they were trained on; see `chosen_template`."""
+    notes = {"template": args.template or "plain"}
+    return notes if args.system is None else notes | {"system": args.system}
+
+
+def encode_row(tokenizer, row, template="plain", max_response=96, question="first", system=None):
     """A row {instruction, context, response} -> Example; the response is cut."""
-    prompt = tokenizer.encode(prompt_text(row, template, question))
+    prompt = tokenizer.encode(prompt_text(row, template, question, system))
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
     return Example(torch.tensor(prompt + response), len(prompt))
 
 
 def examples(tokenizer, path, split, template="plain", min_prompt=1, max_prompt=4096,
-             max_response=96, context=False, limit=None, question="first"):
+             max_response=96, context=False, limit=None, question="first", system=None,
+             max_positions=2**31):
     """Encoded rows of a file whose prompt has min_prompt to max_prompt tokens, at most `limit`.
 
-    context: only rows that have one. Rows without a response are left out.
+    context: only rows that have one. max_response: responses are cut to so many tokens, None: not.
+    max_positions: the model's; a row of more tokens is left out, and one without a response.
+    One line says how many rows are left out or cut.
     """
-    found = []
+    found, lost, cut = [], Counter(), 0
+
+    def fault(n, N):
+        """Why a row of N tokens, n of them the prompt, is left out; "" for one that is not."""
+        if n < min_prompt:
+            return f"shorter than --min-prompt {min_prompt}"
+        if n > max_prompt:
+            return f"longer than --max-prompt {max_prompt}"
+        if n == N:
+            return "without a response"
+        beyond = f"longer than the model's {max_positions:,} positions"
+        return beyond if N > max_positions else ""
+
     for row in read_rows(path, split):
         if context and not row.get("context"):
+            lost["without a context"] += 1
             continue
-        example = encode_row(tokenizer, row, template, max_response, question)
-        fits = min_prompt <= example.prompt_len <= max_prompt
-        if fits and example.prompt_len < len(example.tokens):
-            found.append(example)
-            if len(found) == limit:
-                break
-    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens")
+        whole = encode_row(tokenizer, row, template, None, question, system)
+        n = whole.prompt_len
+        tokens = whole.tokens[:n + max_response] if max_response else whole.tokens
+        why = fault(n, len(tokens))
+        if why:
+            lost[why] += 1
+            continue
+        cut += len(tokens) < len(whole.tokens)
+        found.append(Example(tokens, n))
+        if len(found) == limit:
+            break
+    cuts = {f"responses cut to {max_response} tokens": cut}
+    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens"
+                f"{listed('; left out: ', lost)}")
+    tell_losses(path, f"{split}: {len(found)} rows", lost, cuts)
     return found
+
+
+def listed(head, counts):
+    """Head and the counts {what: number} that are not 0, as text; "" where all are."""
+    parts = [f"{number:,} {what}" for what, number in counts.items() if number]
+    return head + ", ".join(parts) if parts else ""
+
+
+def tell_losses(path, rows, lost, cuts):
+    """Print one line that says which rows are left out, and what is cut, if any is.
+
+    rows: text about those that are used; lost, cuts: {what: number}.
+    """
+    losses = listed("; left out: ", lost) + listed("; ", cuts)
+    if losses and rank() == 0:
+        print(f"{Path(path).name}, {rows}{losses}", flush=True)
 
 
 def digest(*parts):
@@ -181,10 +287,14 @@ def digest(*parts):
 def chosen_prompt(args, tokenizer, metadata):
     """The prompt that infer.py's options ask for -> token ids, and the right answer if known."""
     expected = None
-    if args.prompt:
+    sources = args.prompt, args.prompt_file, args.data
+    need(sources.count(None) > 1,
+         "--prompt, --prompt-file and --data each say what to read: leave all but one out")
+    if args.prompt is not None:
         row = {"instruction": args.prompt}
-    elif args.prompt_file:
-        row = {"instruction": Path(args.prompt_file).read_text(encoding="utf-8")}
+    elif args.prompt_file is not None:
+        with blame(args.prompt_file, "not UTF-8 text"):
+            row = {"instruction": Path(args.prompt_file).read_text(encoding="utf-8")}
     else:
         path = args.data or find(args.ckpt) / "train.jsonl"
         need(Path(path).is_file(),
@@ -194,5 +304,5 @@ def chosen_prompt(args, tokenizer, metadata):
         row = rows[args.row]
         expected = row["response"]
     need(row["instruction"].strip(), "the prompt is empty")
-    template = args.template or metadata.get("template", "plain")
-    return tokenizer.encode(prompt_text(row, template)), expected
+    template, system = chosen_template(args, metadata)
+    return tokenizer.encode(prompt_text(row, template, system=system)), expected

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import DTYPES, ROOT
-from support.data import TEMPLATES, encode_row, examples
+from support.checkpoint import DTYPES, ROOT, find, read_config
+from support.data import TEMPLATES, chosen_template, encode_row, examples
 from support.files import need
 
 # ------------------------------------------------------------------------------------------ parsing
@@ -56,12 +56,19 @@ def schedule_options(args):
     return {name: value for name, value in given.items() if value is not None}
 
 
-def add_data_arguments(parser, limit):
-    """The options by which every command chooses its rows."""
-    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the "
-                        "toy's own rows)")
+def add_template_arguments(parser):
+    """The options that say what stands around a user's text; support.data.chosen_template."""
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: "
                         "plain; where predictors are used, theirs)")
+    parser.add_argument("--system", metavar="TEXT", help="the prompt's system text (default: the "
+                        "template's own; \"\": none)")
+
+
+def add_data_arguments(parser, limit, max_response=96):
+    """The options by which every command chooses its rows; the two are defaults, None for none."""
+    parser.add_argument("--data", help="JSONL with instruction, context, response (default: the "
+                        "toy's own rows)")
+    add_template_arguments(parser)
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
     parser.add_argument("--question", choices=("first", "last"), default="first",
                         help="where the instruction stands: before or after the context")
@@ -69,8 +76,9 @@ def add_data_arguments(parser, limit):
                         help="shortest prompt, in tokens")
     parser.add_argument("--max-prompt", type=at_least(1), default=2048,
                         help="longest prompt, in tokens")
-    parser.add_argument("--max-response", type=at_least(1), default=96,
-                        help="responses are cut to this many tokens")
+    parser.add_argument("--max-response", type=at_least(1), default=max_response,
+                        help="responses are cut to this many tokens (default: "
+                             f"{max_response or 'not at all'})")
     parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
 
 
@@ -102,25 +110,36 @@ def add_json_argument(parser):
                         "JSON object on the last line")
 
 
-def rows_from(args, tokenizer, split, limit=None, template=None):
-    """The rows that the options of `add_data_arguments` ask for: Examples, at most `limit`."""
+def rows_from(args, tokenizer, split, limit=None, metadata=None):
+    """The rows that the options of `add_data_arguments` ask for: Examples, at most `limit`.
+
+    metadata: those of predictors, which remember their template.
+    """
     if limit == 0:
         return []
     need(args.data or Path(args.ckpt).name == "toy",
          f"{args.ckpt} has no rows of its own: name a file with --data")
     path = args.data or ROOT / "checkpoints" / "toy" / "train.jsonl"
-    return examples(tokenizer, path, split, args.template or template or "plain", args.min_prompt,
-                    args.max_prompt, args.max_response, args.context, limit or args.limit,
-                    args.question)
+    template, system = chosen_template(args, metadata or {})
+    limit = limit or args.limit
+    max_positions = read_config(find(args.ckpt) / "config.json")["max_positions"]
+    return examples(tokenizer, path, split, template, args.min_prompt, args.max_prompt,
+                    args.max_response, args.context, limit, args.question, system, max_positions)
 
 
 def chosen_example(args, tokenizer):
     """The row for Figure 1: --prompt with --response, or --row of the held-out rows."""
-    if args.prompt:
+    if args.prompt is not None:
+        need(args.prompt.strip(), "the prompt is empty")
         need(args.response, "--prompt needs --response: saliency is the gradient of the "
                             "response's log-likelihood")
         row = {"instruction": args.prompt, "response": args.response}
-        return encode_row(tokenizer, row, args.template or "plain", args.max_response)
+        template, system = chosen_template(args, {})
+        example = encode_row(tokenizer, row, template, None, system=system)
+        n = len(example.tokens) - example.prompt_len
+        need(n <= args.max_response,
+             f"--response has {n} tokens: --max-response {n} takes it whole")
+        return example
     rows = rows_from(args, tokenizer, "heldout", args.row + 1)
     need(args.row < len(rows), f"--row {args.row}: there are {len(rows)} rows")
     return rows[args.row]

@@ -1,9 +1,9 @@
 """The command lines of saliency, prune, train and infer: all options in one place."""
 from support.checkpoint import DTYPES
-from support.data import TEMPLATES
 from support.files import need
 from support.options import (add_data_arguments, add_json_argument, add_pruning_arguments,
-                             add_schedule_arguments, add_tp_argument, at_least, command_parser)
+                             add_schedule_arguments, add_template_arguments, add_tp_argument,
+                             at_least, command_parser)
 
 CKPT_HELP = "checkpoint directory, as given or under checkpoints/"
 LONG_PROMPTS = [4096, 8192, 16384, 32768, 65536, 131072]
@@ -64,7 +64,7 @@ RECIPE = {      # the fields of a train.Recipe and its Loss: type or choices, me
 def train_parser(doc, defaults):
     parser = command_parser(doc)
     parser.add_argument("--ckpt", default="toy", help=CKPT_HELP)
-    add_data_arguments(parser, limit=None)
+    add_data_arguments(parser, limit=None, max_response=None)
     parser.add_argument("--epochs", type=at_least(1),
                         help="passes over the rows (default: 2, the paper's; toy: 1)")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
@@ -72,7 +72,8 @@ def train_parser(doc, defaults):
         kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(f"--{name}", default=defaults[name], help=meaning, **kind)
     parser.add_argument("--hold", action="store_true", help="keep every row's marking pass in "
-                        "memory (S x N x D values a row; with --distill its logits too)")
+                        "memory (S x N values a row; with --states marked S x N x D, with "
+                        "--distill its logits too)")
     parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
                         help="beyond the paper: then choose how much a token's position counts, "
                         "by the pruned likelihood of this many validation rows")
@@ -104,10 +105,9 @@ def infer_parser(doc, scorers):
                                        "the toy: its held-out rows)")
     parser.add_argument("--row", type=at_least(0), default=0,
                         help="which held-out row of --data")
-    parser.add_argument("--template", choices=sorted(TEMPLATES),
-                        help="prompt template (default: the predictors', else plain)")
+    add_template_arguments(parser)
     parser.add_argument("--max-new-tokens", type=at_least(1),
-                        help="default: 48; with --bench 128")
+                        help="default: 48, with --bench 128, or as many as fit")
     parser.add_argument("--h2o", type=float, metavar="SHARE",
                         help="compress both arms' KV caches to this share by H2O (Table 6: 0.4)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -138,6 +138,8 @@ def check_training(args, world_size):
     """Refuse what can only do harm, or nothing, before anything is read."""
     weights = args.cls, args.mse, args.rank, args.distill
     need(any(weights), "all loss weights are 0: nothing to train on")
+    need(not (args.steps and args.epochs), "--steps and --epochs each say how long to train: "
+                                           "leave out one")
     need(0 < args.lr < 10 and args.tau > 0 and 0 <= args.warmup < 1
          and all(0 <= w < 1e6 for w in weights),
          "--lr and --tau are positive, --warmup a share, weights of losses not negative")
@@ -155,10 +157,10 @@ def check_inference(args):
     """Refuse what does not go together, before anything is read."""
     need(args.bench or not args.ckpt.startswith("random:"),
          "random weights have nothing to say: use --bench")
-    need(not args.bench or not (args.h2o or args.temperature),
+    need(not args.bench or not (args.h2o is not None or args.temperature),
          "--bench reads whole caches greedily: leave out --h2o and --temperature")
     need(not args.tp or not (args.compile or args.bench),
          "--tp runs without --compile and --bench, whose counts are those of one device")
-    need(not args.compile or not args.h2o,
+    need(not args.compile or args.h2o is None,
          "H2O changes the caches, so it cannot decode in static shapes: leave out --h2o or "
          "--compile")

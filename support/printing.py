@@ -22,6 +22,11 @@ def print_flops(name, schedule, blocks, rows):
         print(cells + " ".join(f"{size / 1e9:8.2f}" for size in row["kv_bytes"]))
 
 
+def gigabytes(size):
+    """A peak of memory, in GB; "-" where none is known."""
+    return "-" if size is None else f"{size / 1e9:.2f}"
+
+
 BENCH_HEAD = "      N  arm    prefill s (min to max)     decode ms  end to end s  peak GB    KV GB"
 
 
@@ -32,7 +37,7 @@ def print_bench(row):
         low, high = r["prefill_spread_s"]
         print(f"{row['n']:7d}  {name:4} {r['prefill_s']:10.3f} ({low:.3f} to {high:.3f})"
               f" {1e3 * r['decode_s']:12.2f} {r['e2e_s']:13.3f}"
-              f" {(r['peak_bytes'] or 0) / 1e9:8.2f} {r['kv_bytes'] / 1e9:8.3f}")
+              f" {gigabytes(r['peak_bytes']):>8} {r['kv_bytes'] / 1e9:8.3f}")
     speedup = row["speedup"]
     print(f"         prefill {speedup['prefill']:.2f}x as fast, {row['share_of_ideal']:.0%} of the "
           f"ideal by FLOPs, {row['ideal']:.2f}x; end to end {speedup['e2e']:.2f}x", flush=True)

@@ -10,7 +10,7 @@ import torch
 from model import Tokenizer, load
 from support.checkpoint import DTYPES
 from support.data import digest
-from support.files import need
+from support.files import load_tensors, need
 from support.options import command_line, rows_from
 from support.parallel import anyone, first_number, join, rank, sharded, world_size
 from support.parsers import check_training
@@ -34,30 +34,36 @@ class Run:
 
     report(predictors) -> {name: number} on held-out rows, every report_every steps; save_every:
     seconds; stop: leave after the step in which it is filled; resume: go on from the state, where
-    there is one. log: a list with a dict a step; done: the steps taken before.
+    there is one. log: a list with a dict a step; done: the steps taken before. A finished run whose
+    predictors are not in `out` writes them again.
     """
 
     def __init__(self, out, model, predictors, optimizer, rows, schedule, recipe, report=None,
-                 report_every=50, save_every=120, resume=False, stop=(), template="plain"):
-        self.out, self.state = out, out.with_name("train_state.safetensors")
+                 report_every=50, save_every=120, resume=False, stop=(), notes=None):
+        self.out, self.state = out, out.with_name(f"{out.stem}_state.safetensors")
         self.predictors, self.optimizer = predictors, optimizer
         self.config, self.schedule, self.recipe = model.config, schedule, recipe
         self.report, self.report_every = report, report_every
-        self.save_every, self.stop, self.template = save_every, stop, template
+        self.save_every, self.stop, self.notes = save_every, stop, notes or {}
         # what two runs must share so that one can go on with the other's state
         self.settings = json.dumps([asdict(recipe), asdict(schedule), fingerprint(model.config),
                                     str(model.dtype), digest(rows)])
-        self.done, self.log = 0, []
+        self.done, self.log, going = 0, [], ""
         if resume and self.state.is_file():
             self.done, self.log = load_state(self.state, predictors, optimizer, self.settings)
+            going = f"; going on after step {self.done}"
+        elif resume:
+            going = f"; from the start, there is no {self.state}"
         need(first_number(self.done) == self.done,
              f"{self.state}: not every process finds the same training state there")
         after = schedule.after(len(model.blocks))
         print(f"{len(rows)} rows, {recipe.steps} steps of {recipe.accum} rows, {len(after)} stages "
-              f"after blocks {after}, keep {schedule.keep}"
-              + (f"; going on after step {self.done}" if self.done else ""), flush=True)
+              f"after blocks {after}, keep {schedule.keep}{going}")
+        print(how_often(len(rows), recipe.steps * recipe.accum), flush=True)
         self.begin = self.saved = time.time()
         self.tokens = 0
+        if self.done == recipe.steps and saved_steps(out) != str(self.done):
+            self.save(self.done)
 
     def after_step(self, step):
         """What is done after every train.Step; leaves the program where `stop` is filled."""
@@ -90,10 +96,28 @@ class Run:
         """Write predictors and state after `step` steps; the first process does."""
         if rank() == 0:
             save_predictors(self.out, self.predictors, self.config, self.schedule, steps=step,
-                            reduce=self.recipe.reduce, template=self.template,
+                            reduce=self.recipe.reduce, **self.notes,
                             command=command_line(), **more)
             save_state(self.state, self.predictors, self.optimizer, step, self.log, self.settings)
         self.saved = time.time()
+
+
+def how_often(n_rows, reads):
+    """How often so many reads meet each row, as text: epochs need not come out even."""
+    times, more = divmod(reads, n_rows)
+    parts = []
+    for count, number in ((more, times + 1), (n_rows - more, times)):
+        if count:
+            parts.append(f"{count} rows {number} time{'' if number == 1 else 's'}")
+    return "read in all: " + ", ".join(parts)
+
+
+def saved_steps(out):
+    """The steps behind the predictors in the file `out`, as text; None if it cannot be read."""
+    try:
+        return load_tensors(out)[1].get("steps")
+    except ValueError:              # missing or damaged
+        return None
 
 
 def numbers(named):
@@ -120,14 +144,19 @@ def prompt_share(mask, prompt_len):
 
 
 def remembering(marking):
-    """train.marking that keeps every batch's Marks: they never change, the backbone is frozen."""
+    """train.marking that keeps every batch's Marks: they never change, the backbone is frozen.
+
+    States are kept from the first recipe on that reads them; without them Marks.states is None.
+    """
     kept = {}
 
     def marks(model, batch, schedule, recipe):
         tokens = batch.tokens.cpu().numpy()
         key = tokens.tobytes(), tokens.shape, tuple(batch.prompt_len), tuple(batch.lengths)
-        if key not in kept:
-            kept[key] = marking(model, batch, schedule, recipe)
+        read = recipe.states == "marked"
+        if key not in kept or read and kept[key].states is None:
+            found = marking(model, batch, schedule, recipe)
+            kept[key] = found if read else found._replace(states=None)
         return kept[key]
     return marks
 

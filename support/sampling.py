@@ -1,7 +1,55 @@
-"""How the next token is chosen from its logits."""
+"""How a text goes on: how many tokens there is room for, which one is next, and what ends it."""
+import operator
+
 import torch
 
 from support.files import need
+
+
+def one_past(model, n, new, which=""):
+    """One past the last position read for `new` tokens after a prompt of n: the last is not read.
+
+    which: said before the message of the ValueError where these are too many for the model.
+    """
+    need(isinstance(new, int) and new > 0,
+         f"max_new_tokens is {new!r}: expected a whole number, at least 1")
+    end, limit = n + new - 1, model.config.max_positions
+    need(end <= limit, f"{which}with {n} prompt tokens and {new} new ones position {end - 1} is "
+                       f"beyond this model's {limit} positions; use a shorter prompt or fewer new "
+                       "tokens")
+    return end
+
+
+def fitting(model, longest, asked, default):
+    """How many new tokens: those asked for, else as many of `default` as fit behind the longest.
+
+    At least 1: `one_past` refuses what does not fit.
+    """
+    limit = model.config.max_positions
+    new = asked or max(1, min(default, limit - longest + 1))
+    if not asked and new < default:
+        print(f"new tokens: {new} instead of {default}, because behind {longest} prompt tokens no "
+              f"more fit into this model's {limit} positions")
+    return new
+
+
+def ends(model, eos):
+    """The token ids that end a text, a tuple: the model's, or those given, one or several."""
+    if eos is None:
+        return model.config.eos
+    try:
+        return (eos,) if isinstance(eos, int) else tuple(map(operator.index, eos))
+    except TypeError:
+        raise ValueError(f"eos is {eos!r}: expected a token id, or several") from None
+
+
+def finite(model, logits):
+    """The same logits, of which each is a finite number."""
+    least_most = torch.stack(logits.aminmax())      # not a number is both
+    need(least_most.isfinite().all(),
+         f"{model.source}: the logits are not finite in {model.dtype}: the weights are damaged, or "
+         "too large for float16")
+    return logits
 
 
 def greedy(logits):

@@ -40,7 +40,8 @@ def load_predictors(path, model, schedule=None):
     """Read predictors made for `model` -> (nn.ModuleList on its device, in its dtype; metadata).
 
     Of the metadata "schedule" is a dict and "prior" a number. If a schedule is given, its stages
-    must stand after the same blocks; another keep ratio is fine, a ranking serves any.
+    must stand after the same blocks, or after the first of them: then the others have nothing to
+    do (the paper's SDTP-low). Another keep ratio is fine, a ranking serves any.
     """
     stored, metadata = load_tensors(path)
     need("schedule" in metadata and "fingerprint" in metadata,
@@ -52,9 +53,9 @@ def load_predictors(path, model, schedule=None):
         made = read_schedule(json.loads(metadata["schedule"]))
         prior = float(metadata.get("prior", 0))
         need(made.stages and abs(prior) < 1e6, "no stage, or no prior")
-    asked = stage_places(schedule or made)
-    need(asked == stage_places(made), f"{path}: predictors stand after blocks "
-                                      f"{stage_places(made)}, the schedule asks for {asked}")
+    asked, places = stage_places(schedule or made), stage_places(made)
+    need(asked and asked == places[:len(asked)],
+         f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
     with blame(path, f"its tensors are not those of {made.stages} predictors"):
         need(all(t.dtype in DTYPES.values() and t.isfinite().all() for t in stored.values()),
              "a weight is not finite, or no floating point number")

@@ -1,11 +1,13 @@
 """A clock that waits for the device, peak memory, and runs that take turns."""
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from prune import UNPRUNED, flops, kv_bytes
+from support.files import need
+from support.sampling import one_past
 
 
 def clock(device):
@@ -16,18 +18,15 @@ def clock(device):
 
 
 def peak_memory(device, reset=False):
-    """Peak bytes since the last reset: of the GPU's allocator, else of the process (or None)."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
+    """Peak bytes of the GPU's allocator since the last reset.
+
+    None on a CPU: the peak of the whole process says nothing about one of several arms.
+    """
+    if device.type != "cuda":
         return None
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def random_prompt(model, n):
@@ -37,13 +36,69 @@ def random_prompt(model, n):
     return tokens.to(model.device)
 
 
-def take_turns(device, arms, new, repeats):
+def check_bench(model, lengths, new):
+    """Refuse prompt lengths and a dtype that would waste minutes, before anything is measured."""
+    for n in lengths:
+        one_past(model, n, new)
+    if model.device.type == "cpu":
+        slower = matmul_s(model.dtype) / matmul_s(torch.float32)
+        need(slower < 10,
+             f"this CPU only emulates {model.dtype}: a matmul takes {slower:.0f} times as long as "
+             "in float32, so measure with --dtype float32")
+
+
+def matmul_s(dtype, size=256):
+    """Seconds of a small square matmul on the CPU."""
+    a, b = torch.ones(2, size, size, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def one_by_one(lengths, measure):
+    """measure(n) -> a dict, for each prompt length -> the dicts, without the lengths that failed.
+
+    So a length that is too long for the memory does not cost what was measured before.
+    """
+    rows = []
+    for n in lengths:
+        try:
+            rows.append(measure(n))
+        except (RuntimeError, ValueError) as e:         # torch.OutOfMemoryError is a RuntimeError
+            print(f"{n:7d}  not measured: {' '.join(str(e).split()):.300}", flush=True)
+    return rows
+
+
+def check_measured(rows, lengths):
+    """That no length failed: said last, when the others are printed, so that the command fails."""
+    measured = [row["n"] for row in rows]
+    failed = [str(n) for n in lengths if n not in measured]
+    need(not failed, f"not measured, see above: prompts of {', '.join(failed)} tokens")
+
+
+def timed_arms(generate, model, tokens, arms, **options):
+    """Arms {name: (schedule, scorer)} on a prompt (1, N), for take_turns: {name: run}.
+
+    generate: infer.generate, with its options. An eos ends nothing: all make as many tokens.
+    """
+    options["eos"] = ()
+
+    def run(arm, new):
+        made = generate(model, tokens, new, *arm, **options)
+        return made.prefill_s, made.decode_s
+    return {name: partial(run, arm) for name, arm in arms.items()}
+
+
+def take_turns(device, arms, new, repeats, warm_ups=2):
     """Times of several arms, {name: run(new tokens) -> (prefill seconds, decode seconds)}.
 
-    After two warm-ups (the second finds what the first made compile anew) `repeats` runs of each;
-    the last three also decode. -> {name: {"prefill": [s], "decode": [s], "peak": bytes}}.
+    After warm-ups (the second finds what the first made compile anew) `repeats` runs of each; the
+    last three also decode. -> {name: {"prefill": [s], "decode": [s], "peak": bytes}}.
     """
-    for run in [*arms.values(), *arms.values()]:
+    for run in warm_ups * [*arms.values()]:
         run(min(new, 4))
     found = {name: {"prefill": [], "decode": []} for name in arms}
     for i in range(repeats):
@@ -59,6 +114,11 @@ def take_turns(device, arms, new, repeats):
     return found
 
 
+def medians(times):
+    """Of an arm's times by `take_turns`: seconds of a prefill, and of a further token."""
+    return [statistics.median(times[part]) for part in ("prefill", "decode")]
+
+
 def bench_row(model, n, schedule, times, new):
     """One row of Table 2 from the times of `take_turns`, a dict.
 
@@ -71,7 +131,7 @@ def bench_row(model, n, schedule, times, new):
     for name, found in times.items():
         used = schedule if name == "sdtp" else UNPRUNED
         counts = used.counts(n, L)
-        prefill_s, decode_s = (statistics.median(found[part]) for part in ("prefill", "decode"))
+        prefill_s, decode_s = medians(found)
         row[name] = {"prefill_s": prefill_s, "decode_s": decode_s,
                      "prefill_spread_s": [min(found["prefill"]), max(found["prefill"])],
                      "decode_spread_s": [min(found["decode"]), max(found["decode"])],

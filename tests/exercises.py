@@ -135,13 +135,17 @@ def masked_attention(q, k, v, keep):
 
     The logits are a_ij = q_i . k_j / sqrt(d). Query i sees key j only where j <= i (causal). The
     mask is m_ij = keep_j where j != i, and the constant 1 where j = i, so every query sees itself.
-    With top_i the largest a_ij among the keys with j <= i and m_ij not 0 (no gradient through top):
-        e_ij  = exp(min(a_ij - top_i, 0)) * m_ij  for j <= i, else 0
+    With S_i the logarithm of the sum of exp(a_ij) over the keys that query i sees, those with
+    j <= i and m_ij not 0 (no gradient through S), and x_ij = a_ij - S_i:
+        e_ij  = exp(x_ij) * m_ij      for a key that is seen
+                sigmoid(x_ij) * m_ij  for a hidden one with j <= i, and 0 for j > i
         out_i = sum_j e_ij v_j / sum_j e_ij
 
     So the mask multiplies the exponentials before they are normalised. A kept token's output is
     that of attention over the kept tokens alone, and yet a dropped key gets a gradient through its
-    mask. A hidden key's logit may be hundreds above all the others: top and min are there for that.
+    mask: what its being seen would change. A hidden key's logit may be hundreds above all others,
+    where exp(x) overflows: let torch.where choose before the exponential, between x and
+    torch.nn.functional.logsigmoid(x).
 
     Four tokens, H = d = 1. The second is dropped, all logits are 0: each query takes the mean of
     the keys that it sees:

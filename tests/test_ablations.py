@@ -249,9 +249,12 @@ def test_open_questions_on_the_toy(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
+    (("--table", "targets", "--text", "x"), "does nothing with --text: it is for open"),
+    (("--table", "open", "--png", "x"), "does nothing with --png: it is for figures"),
+    (("--table", "figures", "--seeds", 1), "does nothing with --seeds: it is for losses, seeds, "),
     (("--predictors", "x"), "trains its own predictors: leave out --predictors"),
     (("--table", "tradeoff", "--predictors", "none.safetensors"), "no such file"),
-    (("--ckpt", "random:llama-1"), "no checkpoint"),
+    (("--ckpt", "random:llama-1"), "random weights are for timings"),
 ])
 def test_bad_input_ends_in_one_line(leaves, words, message):
     ended = leaves("lab/ablations.py", *words)

@@ -1,5 +1,7 @@
 """lab/batch.py: prompts of different lengths in one batch, each row as if it were alone."""
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from conftest import SCHEDULE, command, tiny_model
 from infer import generate
+from lab import batch
 from lab.batch import generate_batch, until
 from lab.scorers import attention_scorer, norm_scorer, with_prior
 from model import PAD
@@ -94,6 +97,62 @@ def test_a_bad_batch_is_refused(tiny, tokens):
     last_queries = attention_scorer(tiny, SCHEDULE, 16)
     with pytest.raises(ValueError, match="one length"):
         prefill(tiny, tokens, SCHEDULE, last_queries, lengths=[60, 20])
+
+
+def test_a_prompt_that_is_too_long_is_named_before_any_is_read(monkeypatch, prompts):
+    model = tiny_model(max_positions=50)
+    assert len(generate_batch(model, prompts, 3, eos=())) == 4
+    monkeypatch.setattr(batch, "prefill", None)
+    with pytest.raises(ValueError, match="^prompt 2 of 4: with 48 prompt tokens and 4 new ones "
+                                         "position 50 is beyond this model's 50 positions"):
+        generate_batch(model, [prompts[1], prompts[0], *prompts[2:]], 4)
+
+
+def test_the_end_of_a_text_is_one_token_or_several(tiny, prompts):
+    made = generate_batch(tiny, prompts, 5, eos=())
+    stop = made[0][1]
+    wanted = [until(row, (stop,)) for row in made]
+    for eos in (stop, [stop], torch.tensor([stop])):
+        assert generate_batch(tiny, prompts, 5, eos=eos) == wanted
+    with pytest.raises(ValueError, match="expected a token id, or several"):
+        generate_batch(tiny, prompts, 5, eos="2")
+    for new in (-1, 2.0, "3"):
+        with pytest.raises(ValueError, match="expected a whole number, at least 1"):
+            generate_batch(tiny, prompts, new)
+
+
+def test_damage_that_only_decode_meets_is_named(tiny, prompts):
+    """The first new token of one row meets it; where that ends the row, nothing does."""
+    prompts = prompts[2:]
+    made = generate_batch(tiny, prompts, 4, eos=())
+    first = made[1][0]
+    assert first not in sum(prompts, []) + made[0]
+    tiny.embed.weight.data[first] = math.nan
+    with pytest.raises(ValueError, match="the logits are not finite in torch.float32"):
+        generate_batch(tiny, prompts, 4, eos=())
+    assert generate_batch(tiny, prompts, 4, eos=first) == [made[0], [first]]
+
+
+def test_arms_are_timed_there_and_back_over_as_many_tokens(tiny, prompts, monkeypatch):
+    """Whatever they say: the texts come from the first two passes, the times from four others."""
+    arms, prompts = {"full": full(tiny), "sdtp": norm(tiny)}, prompts[:1] * 2
+    alone = {name: generate_batch(tiny, prompts, 6, *arm, eos=()) for name, arm in arms.items()}
+    end = alone["full"][0][1]
+    assert end not in alone["sdtp"][0]
+    model, made = tiny_model(eos=(end,)), []
+
+    def noting(model, prompts, new, *arm, **options):
+        rows = generate_batch(model, prompts, new, *arm, **options)
+        made.append(("sdtp" if arm[0] else "full", max(map(len, rows))))
+        return rows
+
+    monkeypatch.setattr(batch, "generate_batch", noting)
+    rows = [{"response": "x"}] * 2
+    told = batch.answer(model, SimpleNamespace(decode=str), rows, prompts, 6, arms)
+    assert made == [("full", 2), ("sdtp", 6), ("full", 6), ("sdtp", 6), ("sdtp", 6), ("full", 6)]
+    assert [arm["arm"] for arm in told] == ["full", "sdtp"]
+    assert [arm["new_tokens"] for arm in told] == [6, 6]
+    assert told[0]["texts"] == [str(row[:1]) for row in alone["full"]]
 
 
 def test_a_text_ends_with_the_first_eos():

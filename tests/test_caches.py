@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import SCHEDULE, tiny_model
-from infer import generate
+from infer import generate, side_by_side
+from lab import quality
 from lab.scorers import norm_scorer, random_scorer
+from lab.tasks import Answer, Item
 from model import positions
 from prune import drop, extend, prefill
 from support.caches import StaticCache, compile_model, h2o, recorded
@@ -165,6 +167,49 @@ def test_h2o_refuses_what_it_cannot_do(tiny, tokens):
         prefill(tiny_model(window=11), tokens[:1], cache=h2o(0.4))
 
 
+@pytest.mark.parametrize("window, new, fits", [(11, 1, False), (60, 1, True), (60, 2, False),
+                                               (63, 4, True), (63, 5, False)])
+def test_h2o_and_a_sliding_window_are_refused_before_the_prompt_is_read(tokens, window, new, fits):
+    """Also a window that only the new tokens outgrow."""
+    model, read = tiny_model(window=window), []
+    model.blocks[0].attn_norm.register_forward_hook(lambda *args: read.append(1))
+    for arm in (UNPRUNED, pruned()):
+        if fits:
+            assert len(generate(model, tokens[:1], new, *arm, eos=(), cache=h2o(0.4)).tokens) == new
+            continue
+        with pytest.raises(ValueError, match="sliding window"):
+            generate(model, tokens[:1], new, *arm, eos=(), cache=h2o(0.4))
+    assert bool(read) == fits
+
+
+def test_h2o_goes_on_for_no_longer_than_a_window(tokens):
+    _, caches, _ = prefill(tiny_model(window=60), tokens[:1], cache=h2o(0.4))
+    with pytest.raises(ValueError, match="sliding window"):
+        extend(tiny_model(window=60), tokens[:1, :1], 60, caches)
+
+
+@pytest.mark.parametrize("share", [1, 1.0])
+def test_h2o_that_keeps_everything_may_have_a_window(tokens, share):
+    """Nothing is evicted, so positions stay true."""
+    model = tiny_model(window=11)
+    plain = generate(model, tokens[:1], 8, *pruned(), eos=())
+    kept = generate(model, tokens[:1], 8, *pruned(), eos=(), cache=h2o(share))
+    assert plain.tokens == kept.tokens
+    assert plain.kv_bytes == kept.kv_bytes
+
+
+def test_rows_that_a_window_would_stop_are_named_before_any_is_read(tokens):
+    items = [Item(list(range(n)), [Answer([5, 6, 7], 0, 1)], 0) for n in (28, 29)]
+    setup = quality.Setup(tiny_model(window=30), SCHEDULE)
+    quality.check_window(setup, items[:1], ["full", "random+h2o"])
+    quality.check_window(setup, items, ["full", "random"])
+    for arm in ("random+h2o", "full+local"):
+        with pytest.raises(ValueError, match="^row 2: H2O does not know the positions"):
+            quality.check_window(setup, items, ["full", arm])
+    with pytest.raises(ValueError, match="^row 1, full.h2o: H2O does not know"):
+        quality.measure(setup, items[1], ["full+h2o"], 0)
+
+
 # ------------------------------------------------------------------------------------------ static
 
 
@@ -186,12 +231,34 @@ def test_static_decode_equals_plain_decode_on_ragged_caches(tokens, window, arm)
         assert a.bytes == b.bytes
         assert torch.equal(a.pos, b.pos)
         assert torch.allclose(a.k, b.k, atol=1e-5)
-    with pytest.raises(IndexError):     # a full cache does not write over what it holds
+    with pytest.raises(ValueError, match="KV cache is full: 57 tokens"):
         extend(model, tokens[:, :1], 56, static)
     a = generate(model, tokens[:1], 8, *arm, eos=())
     b = generate(model, tokens[:1], 8, *arm, eos=(), cache=StaticCache)
     assert a.tokens == b.tokens
     assert a.kv_bytes == b.kv_bytes
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("n, new", [(60, 5), (63, 2), (64, 1), (50, 15)])
+def test_static_decode_reaches_the_last_position_and_no_further(n, new, arm):
+    """Its memory ends with the model's positions; the timed runs stay within them too."""
+    model, prompt, sizes = tiny_model(max_positions=64), torch.arange(n)[None], []
+
+    def step(model, token, pos, caches, end):
+        sizes.append(caches[0].k.shape[2])
+        return extend(model, token, pos, caches, end)
+
+    plain = generate(model, prompt, new, *arm, eos=())
+    static = generate(model, prompt, new, *arm, eos=(), cache=StaticCache, step=step)
+    assert plain.tokens == static.tokens
+    assert plain.kv_bytes == static.kv_bytes
+    assert sizes == [64] * (new - 1)
+    with pytest.raises(ValueError, match="position 64 is beyond this model's 64 positions"):
+        generate(model, prompt, new + 1, *arm, cache=StaticCache)
+    few = min(new, 5)
+    runs = side_by_side(model, prompt, {"one": arm}, few, cache=StaticCache, eos=())
+    assert runs["one"].tokens == plain.tokens[:few]
 
 
 def test_free_places_are_never_seen(tiny, tokens):
@@ -272,6 +339,16 @@ def test_a_recorded_step_replays_what_plain_decode_does(tokens, tapes, window, a
     b = generate(model, tokens[:1], 12, *arm, eos=(), cache=StaticCache, step=step)
     assert a.tokens == b.tokens
     assert a.kv_bytes == b.kv_bytes
+
+
+def test_a_recorded_step_does_not_write_over_what_is_held(tiny, tokens, tapes):
+    """A replay does not run append, so the end is looked at before it."""
+    step = partial(recorded, extend)
+    _, caches, _ = prefill(tiny, tokens[:1, :48], room=3, cache=StaticCache)
+    for i in range(48, 51):
+        step(tiny, tokens[:1, i:i + 1], torch.tensor([[i]]), caches, i + 1)
+    with pytest.raises(ValueError, match="KV cache is full: 52 tokens for a capacity of 51"):
+        step(tiny, tokens[:1, 51:52], torch.tensor([[51]]), caches, 52)
 
 
 def test_a_recording_goes_with_its_caches(tiny, tokens, tapes):

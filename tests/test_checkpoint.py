@@ -1,17 +1,15 @@
-"""support/checkpoint.py: what of config.json, weights and tokenizers is read, and what refused."""
-import importlib.util
-import io
+"""support/checkpoint.py: what of config.json and weights is read, and what refused."""
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import golden
-from conftest import ENGLISH, close, load_cpu, needs, real_weights
-from model import Config, Tokenizer
+from conftest import close, load_cpu
+from model import SHAPES, Config, Llama
 from support import checkpoint
+from support.parsers import LONG_PROMPTS
 
 
 def change(path, **new):
@@ -40,19 +38,200 @@ def test_eos_is_a_number_or_a_list(given, want, tmp_path):
     assert Config.from_json(tmp_path / "config.json").eos == want
 
 
-def test_sparse_config_takes_the_usual_defaults(tmp_path):
-    case = golden.cases()["llama2"]
-    for name in ("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings",
-                 "bos_token_id", "attention_bias", "mlp_bias"):
-        del case[name]
-    golden.write_config(tmp_path, case)
+@pytest.mark.parametrize("eos, told, want", [
+    (128001, [128001, 128009], (128001, 128009)),   # Llama-3-Instruct
+    (2, 7, (7,)),                                   # Yi-Chat
+    (2, [], ()),
+    (2, None, (2,)),
+    (None, 7, (7,)),
+    ([1, 2], "absent", (1, 2)),
+])
+def test_the_end_that_generation_config_names_counts(eos, told, want, tmp_path):
+    golden.write_config(tmp_path, {**golden.cases()["llama2"], "eos_token_id": eos})
+    named = {} if told == "absent" else {"eos_token_id": told}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **named}))
     config = Config.from_json(tmp_path / "config.json")
-    assert config.n_kv_heads == 4
-    assert config.head_dim == 16
-    assert config.rope_theta == 10000.0
-    assert config.rope_llama3 is None
-    assert config.tied is False
-    assert config.bos is None
+    assert config.eos == want
+    assert config.bos == 1
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "not valid JSON"),
+    ("[7]", "expected a JSON object"),
+    ('{"eos_token_id": "</s>"}', "eos_token_id must be whole numbers, not "),
+    ('{"eos_token_id": [2, null]}', "eos_token_id must be whole numbers, not "),
+    ('{"eos_token_id": 1e3}', "eos_token_id must be whole numbers, not "),
+])
+def test_a_damaged_generation_config_is_named(text, message, tmp_path):
+    folder = golden.write_checkpoint(tmp_path, "llama2")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as e:
+        load_cpu(folder)
+    assert str(e.value).startswith(f"{folder / 'generation_config.json'}: ")
+    assert "\n" not in str(e.value)
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "vocab_size")
+SPARSE = {  # what a config.json with nothing but the sizes means, as transformers 5.23 has it
+    "llama": dict(n_kv_heads=64, max_positions=2048, bos=1, eos=(2,), window=None, qkv_bias=False),
+    "mistral": dict(n_kv_heads=8, max_positions=131072, bos=1, eos=(2,), window=4096,
+                    qkv_bias=False),
+    "qwen2": dict(n_kv_heads=32, max_positions=32768, bos=None, eos=(), window=None, qkv_bias=True),
+}
+
+
+def bare(family):
+    return {"model_type": family, "hidden_size": 1024, "intermediate_size": 96, "vocab_size": 96,
+            "num_hidden_layers": 30, "num_attention_heads": 64}
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_sparse_config_takes_the_familys_defaults(family, tmp_path):
+    golden.write_config(tmp_path, bare(family))
+    found = checkpoint.read_config(tmp_path / "config.json")
+    assert found == {**SPARSE[family], "dim": 1024, "n_blocks": 30, "n_heads": 64, "head_dim": 16,
+                     "ffn": 96, "vocab": 96, "rope_theta": 10000.0, "rope_llama3": None,
+                     "tied": False, "norm_eps": 1e-6}
+    nulls = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": None,
+             "num_key_value_heads": None, "sliding_window": None}
+    change(tmp_path / "config.json", **nulls)
+    found = checkpoint.read_config(tmp_path / "config.json")
+    assert (found["bos"], found["eos"], found["tied"]) == (None, (), False)
+    assert (found["n_kv_heads"], found["window"]) == (64, None)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_is_missing_has_no_default(name, tmp_path):
+    config = bare("mistral")
+    del config[name]
+    golden.write_config(tmp_path, config)
+    with pytest.raises(ValueError, match=f"config.json: {name} is None, expected a whole number"):
+        checkpoint.read_config(tmp_path / "config.json")
+
+
+FULL = {    # hardly a value is a default
+    "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 512, "rms_norm_eps": 1e-4,
+    "rope_theta": 500.0, "tie_word_embeddings": True, "bos_token_id": 5, "eos_token_id": [6, 7],
+    "sliding_window": 11, "hidden_act": "silu", "max_window_layers": 30, "attention_bias": False,
+    "mlp_bias": False, "use_sliding_window": True, "rope_scaling": None,
+}
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_every_field_that_is_missing_is_as_transformers_has_it(family, tmp_path):
+    AutoConfig = pytest.importorskip("transformers").AutoConfig
+    for missing in (None, *FULL):
+        config = {**bare(family), **FULL}
+        config.pop(missing, None)
+        if missing == "max_window_layers":      # 28 by default
+            config["num_hidden_layers"] = 28
+        golden.write_config(tmp_path, config)
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        found = checkpoint.read_config(tmp_path / "config.json")
+        assert found == translated(theirs), missing
+
+
+def translated(theirs):
+    """A configuration of transformers -> the fields of model.Config."""
+    eos = theirs.eos_token_id
+    kinds = {"llama": [], "mistral": ["sliding_attention"]}.get(theirs.model_type)
+    kinds = theirs.layer_types if kinds is None else kinds
+    head_dim = getattr(theirs, "head_dim", None)
+    return {"dim": theirs.hidden_size,
+            "n_blocks": theirs.num_hidden_layers,
+            "n_heads": theirs.num_attention_heads,
+            "n_kv_heads": theirs.num_key_value_heads,
+            "head_dim": head_dim or theirs.hidden_size // theirs.num_attention_heads,
+            "ffn": theirs.intermediate_size,
+            "vocab": theirs.vocab_size,
+            "max_positions": theirs.max_position_embeddings,
+            "rope_theta": theirs.rope_parameters["rope_theta"],
+            "rope_llama3": None,
+            "bos": theirs.bos_token_id,
+            "eos": tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            "tied": theirs.tie_word_embeddings,
+            "qkv_bias": theirs.model_type == "qwen2",
+            "norm_eps": theirs.rms_norm_eps,
+            "window": theirs.sliding_window if "sliding_attention" in kinds else None}
+
+
+FULL_3, SLIDING_3 = ["full_attention"] * 3, ["sliding_attention"] * 3
+WINDOWS = [     # a family, what its config.json says of windows, the window of all three blocks
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, None),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 28}, None),
+    ("qwen2", {"use_sliding_window": True}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1}, None),
+    ("qwen2", {"use_sliding_window": True, "layer_types": FULL_3, "max_window_layers": 1}, None),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}, None),
+    ("qwen2", {"use_sliding_window": None, "max_window_layers": 0}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "layer_types": SLIDING_3}, 7),
+    ("mistral", {"sliding_window": 7}, 7),
+    ("mistral", {"sliding_window": 7, "layer_types": None}, 7),
+    ("mistral", {"sliding_window": 7, "layer_types": SLIDING_3}, 7),
+    ("mistral", {"sliding_window": 7, "layer_types": FULL_3}, None),
+    ("mistral", {"sliding_window": None, "layer_types": FULL_3}, None),
+    ("llama", {"sliding_window": 7, "use_sliding_window": True, "layer_types": SLIDING_3}, None),
+]
+
+
+def with_window(folder, family, said):
+    golden.write_config(folder, {**golden.cases()["llama2"], "model_type": family, **said})
+    return checkpoint.read_config(folder / "config.json")["window"]
+
+
+@pytest.mark.parametrize("family, said, want", WINDOWS)
+def test_the_window_that_all_blocks_have(family, said, want, tmp_path):
+    assert with_window(tmp_path, family, said) == want
+
+
+@pytest.mark.parametrize("family, said, message", [
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 2},
+     "a sliding window in 1 of 3 blocks is not supported"),
+    ("mistral", {"layer_types": [*FULL_3[:2], "sliding_attention"]},
+     "a sliding window in 1 of 3 blocks is not supported"),
+    ("mistral", {"layer_types": ["chunked_attention"] * 3}, "layer_types is not a list of 3 times"),
+    ("mistral", {"layer_types": FULL_3[:2]}, "layer_types is not a list of 3 times"),
+    ("mistral", {"layer_types": "full_attention"}, "layer_types is not a list of 3 times"),
+    ("mistral", {"layer_types": [{}, [], None]}, "layer_types is not a list of 3 times"),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+    ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window is 'yes', expected true or false"),
+    ("qwen2", {"max_window_layers": "2"}, "max_window_layers is '2'"),
+])
+def test_a_window_that_is_not_supported(family, said, message, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        with_window(tmp_path, family, said)
+
+
+def test_a_qwen2_whose_blocks_all_slide_gives_transformers_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = golden.write_checkpoint(tmp_path, "qwen2")
+    tokens = golden.tokens("qwen2")
+    plain = load_cpu(folder)(tokens)
+    change(folder / "config.json", use_sliding_window=True, sliding_window=9, max_window_layers=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(tokens).logits
+    assert close(load_cpu(folder)(tokens), want, 1e-4)
+    assert not close(plain, want, 0.1)
+
+
+def test_biases_that_a_family_does_not_read(tmp_path):
+    case = {**golden.cases()["qwen2"], "attention_bias": True, "mlp_bias": True}
+    golden.write_config(tmp_path, case)     # its three biases are always there, others never
+    assert checkpoint.read_config(tmp_path / "config.json")["qkv_bias"]
+
+
+def test_rope_scaling_counts_before_rope_parameters(tmp_path):
+    new = {"rope_type": "default", "rope_theta": 500.0}
+    case = {**golden.cases()["llama2"], "rope_scaling": dict(golden.SCALING)}
+    golden.write_config(tmp_path, {**case, "rope_parameters": new})
+    found = checkpoint.read_config(tmp_path / "config.json")
+    assert (found["rope_theta"], found["rope_llama3"]) == (10000.0, (8.0, 1.0, 4.0, 48.0))
+    AutoConfig = pytest.importorskip("transformers").AutoConfig
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (theirs["rope_theta"], theirs["rope_type"]) == (10000.0, "llama3")
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -83,6 +262,9 @@ BAD_CONFIG = [  # what is changed in config.json, what the message says
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be whole numbers"),
     ({"eos_token_id": [2, 2**70]}, "eos_token_id must be whole numbers"),
+    ({"bos_token_id": "<s>"}, "bos_token_id must be a whole number, not '<s>'"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None, expected a whole"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None, expected a positive number"),
     ({"hidden_size": 10**9},
      "hidden_size is 1000000000, expected a whole number from 1 to 16777216"),
     ({"num_hidden_layers": 10**9},
@@ -141,6 +323,29 @@ def test_a_bare_name_is_looked_for_under_checkpoints(tmp_path, monkeypatch):
     message = "no checkpoint 'huge': expected a directory with config.json"
     with pytest.raises(FileNotFoundError, match=message):
         load_cpu("huge")
+
+
+@pytest.mark.parametrize("script", ["train.py", "saliency.py", "lab/batch.py"])
+def test_random_weights_are_refused_before_anything_is_built(script, leaves, monkeypatch):
+    monkeypatch.setitem(checkpoint.PUBLISHED, "tiny", {})       # no shape: building it would fail
+    ended = leaves(script, "--ckpt", "random:tiny")
+    assert ended.split(": ", 1)[1] == ("random:tiny: random weights are for timings (infer.py "
+                                       "--bench, lab.speed) and have no tokenizer: name a "
+                                       "checkpoint directory here")
+
+
+def test_random_weights_reach_past_the_longest_timing():
+    with torch.device("meta"):
+        model = Llama(SHAPES["mistral-7b"])
+    model.check_positions(max(LONG_PROMPTS) + 128)      # --bench decodes so many tokens more
+    for config in SHAPES.values():
+        assert config.max_positions == 1 << 20
+
+
+def test_a_shape_may_be_named_as_its_weights_are():
+    assert checkpoint.shape_of("random:llama-7b") == checkpoint.shape_of("llama-7b")
+    with pytest.raises(ValueError, match="random:x: random weights are for timings"):
+        checkpoint.shape_of("random:x")
 
 
 def test_missing_shard(tmp_path):
@@ -255,115 +460,3 @@ def test_pickle_files_are_never_read(tmp_path):
     torch.save(state, folder / "model.safetensors")     # nor under another name
     with pytest.raises(ValueError, match="damaged or truncated safetensors"):
         load_cpu(folder)
-
-
-# --------------------------------------------------------------------------------------- tokenizer
-
-
-@pytest.fixture
-def config_only(tmp_path):
-    """A directory with a config.json alone, for 400 tokens."""
-    golden.write_config(tmp_path, {**golden.cases()["llama2"], "vocab_size": 400})
-    return tmp_path
-
-
-def test_no_tokenizer(config_only):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json"):
-        Tokenizer(config_only)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        Tokenizer(config_only / "nowhere")
-
-
-def test_damaged_tokenizer_files(config_only):
-    (config_only / "tokenizer.json").write_text("{}")
-    if importlib.util.find_spec("tokenizers"):
-        with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
-            Tokenizer(config_only)
-    (config_only / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match="tokenizer.model: not a sentencepiece model"):
-        Tokenizer(config_only)
-
-
-def test_tokenizer_json_without_the_package_says_what_to_install(config_only, monkeypatch):
-    (config_only / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install tokenizers"):
-        Tokenizer(config_only)
-
-
-TEXT = "the quick brown fox jumps over the lazy dog and runs 1234567890 miles"
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model():
-    """A small tokenizer.model, bytes."""
-    import sentencepiece
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=out, vocab_size=300, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2)
-    return out.getvalue()
-
-
-@pytest.fixture
-def with_tokenizer(config_only, sentencepiece_model):
-    (config_only / "tokenizer.model").write_bytes(sentencepiece_model)
-    return config_only
-
-
-def test_sentencepiece_tokenizer(with_tokenizer):
-    tokenizer = Tokenizer(with_tokenizer)
-    ids = tokenizer.encode(TEXT)
-    assert ids[0] == 1
-    assert tokenizer.encode(TEXT, bos=False) == ids[1:]
-    assert tokenizer.decode(ids) == TEXT
-    assert "".join(tokenizer.piece(t) for t in ids[1:]).strip() == TEXT
-    unknown = "naïve\n東京 🙂"          # its characters go through as bytes
-    assert tokenizer.decode(tokenizer.encode(unknown)) == unknown
-
-
-def test_tokenizer_config_may_leave_out_the_begin_of_text(with_tokenizer):
-    ids = Tokenizer(with_tokenizer).encode(TEXT)
-    (with_tokenizer / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert Tokenizer(with_tokenizer).encode(TEXT) == ids[1:]
-
-
-def test_a_vocabulary_may_be_padded_beyond_the_tokenizers_but_not_smaller(with_tokenizer):
-    tokenizer = Tokenizer(with_tokenizer)
-    ids = tokenizer.encode(TEXT)
-    assert tokenizer.decode([350, *ids, 399]) == TEXT
-    assert tokenizer.piece(399) == ""
-    change(with_tokenizer / "config.json", vocab_size=5)
-    message = (f"{with_tokenizer}: the tokenizer gives id {max(ids)}, "
-               "by config.json the model knows 5 tokens")
-    with pytest.raises(ValueError, match=message):
-        Tokenizer(with_tokenizer).encode(TEXT)
-
-
-@pytest.mark.real
-@real_weights
-@needs("tokenizers")
-@pytest.mark.parametrize("text", [
-    ENGLISH,
-    "x = 12345 + 6.75\n\n\n\tfoo()\r\n",
-    "  naïve café, 東京 🙂🏽, １２３ ½ ²  ",
-    "",
-], ids=["English", "code", "Unicode", "empty"])
-def test_smollm2_tokenizer_gives_back_any_text(text):
-    tokenizer = Tokenizer("smollm2")
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.real
-@real_weights
-@needs("tokenizers")
-def test_smollm2_tokenizer():
-    tokenizer = Tokenizer("smollm2")
-    pieces = [tokenizer.piece(t) for t in tokenizer.encode("In 2045 days")]
-    assert pieces == ["In", " ", "2", "0", "4", "5", " days"]
-    specials = [t.content for t in tokenizer.hf.get_added_tokens_decoder().values()]
-    assert len(specials) == 17
-    assert [tokenizer.encode(t) for t in specials] == [[i] for i in range(17)]
-    ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>")
-    assert (len(ids), ids[0], ids[-1]) == (5, 1, 2)

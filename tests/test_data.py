@@ -1,10 +1,14 @@
 """support/data.py: rows of a data file, their splits, their encoding, what is no row."""
 import json
+from collections import defaultdict
 
 import pytest
 import torch
 
+from model import Tokenizer
 from support.data import Example, encode_row, examples, pad, read_rows
+from support.options import add_data_arguments, chosen_example, command_parser, rows_from
+from support.parsers import saliency_parser, train_parser
 
 
 class Letters:
@@ -48,6 +52,70 @@ def test_examples_of_a_length(sixty):
     assert [e.prompt_len for e in found] == [7] * 18
     with pytest.raises(ValueError, match="no train row"):
         examples(Letters(), sixty, "train", min_prompt=100)
+
+
+LOST = [        # what is asked for, what is said of it; prompts have 4, 7 or 8 tokens
+    ({}, ""),
+    ({"min_prompt": 7}, "36 rows; left out: 18 shorter than --min-prompt 7"),
+    ({"max_prompt": 7}, "36 rows; left out: 18 longer than --max-prompt 7"),
+    ({"context": True, "max_prompt": 7},
+     "18 rows; left out: 18 without a context, 18 longer than --max-prompt 7"),
+    ({"max_positions": 13}, "36 rows; left out: 18 longer than the model's 13 positions"),
+    ({"max_positions": 13, "max_response": 5}, "54 rows; 54 responses cut to 5 tokens"),
+    ({"max_response": None, "limit": 3}, ""),
+    ({"max_response": 2, "limit": 3}, "3 rows; 3 responses cut to 2 tokens"),
+]
+
+
+@pytest.mark.parametrize("asked, said", LOST)
+def test_what_is_left_out_or_cut_is_said_in_one_line(sixty, capsys, asked, said):
+    found = examples(Letters(), sixty, "train", **asked)
+    assert capsys.readouterr().out == (f"d.jsonl, train: {said}\n" if said else "")
+    if said:
+        assert said.startswith(f"{len(found)} rows")
+    assert max(len(e.tokens) for e in found) <= asked.get("max_positions", 14)
+
+
+def test_rows_without_a_response_are_counted(tmp_path, capsys):
+    rows = [{"instruction": "q", "response": "a" * (i % 2)} for i in range(20)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(examples(Letters(), path, "train")) == 9
+    assert capsys.readouterr().out == "d.jsonl, train: 9 rows; left out: 9 without a response\n"
+
+
+def test_no_row_at_all_says_why(sixty):
+    with pytest.raises(ValueError, match="no train row .*; left out: 54 shorter than --min-prompt"):
+        examples(Letters(), sixty, "train", min_prompt=100)
+
+
+def test_a_row_longer_than_the_models_positions_never_reaches_it(tmp_path, capsys):
+    """The toy reads 2,048: the second row's prompt has as many, and then comes its response."""
+    words = "The fog moved behind the green mirrors. " * 255 + "The fog moved behind"
+    rows = [{"instruction": text, "response": "Clara sells cups."} for text in ("q", words, "r")]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
+    args = train_parser("", defaultdict(int)).parse_args(["--data", str(path)])
+    found = rows_from(args, Tokenizer("toy"), "train")
+    assert len(found) == 18 and max(len(e.tokens) for e in found) < 20
+    told = "d.jsonl, train: 18 rows; left out: 9 longer than the model's 2,048 positions\n"
+    assert capsys.readouterr().out == told
+
+
+def test_a_response_given_by_hand_is_never_cut_in_silence():
+    words = ["--prompt", "q", "--response", "Clara sells cups.", "--max-response"]
+    parser, tokenizer = saliency_parser("", ("norm_gx",)), Tokenizer("toy")
+    with pytest.raises(ValueError, match="--response has 4 tokens: --max-response 4 takes it"):
+        chosen_example(parser.parse_args([*words, "3"]), tokenizer)
+    example = chosen_example(parser.parse_args([*words, "4"]), tokenizer)
+    assert len(example.tokens) == example.prompt_len + 4
+
+
+def test_a_training_reads_whole_responses_and_what_measures_96_tokens():
+    assert train_parser("", defaultdict(int)).parse_args([]).max_response is None
+    parser = command_parser("")
+    add_data_arguments(parser, limit=5)
+    assert parser.parse_args([]).max_response == 96
 
 
 def test_a_batch_is_padded_on_the_right():

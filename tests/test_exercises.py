@@ -30,10 +30,11 @@ import saliency
 from conftest import ROOT
 from lab.scorers import make_scorer
 from model import Config
-from support.checkpoint import Tokenizer, find
+from support.checkpoint import find
 from support.data import Example, examples
 from support.files import need
 from support.saved import load_predictors
+from support.tokenizer import Tokenizer
 
 # Exercise -> {mistake: hint}. The mistakes are the values of the specifications' `wrong`.
 HINTS = {
@@ -129,8 +130,8 @@ HINTS = {
             "the outputs are right, but a dropped key gets no gradient through keep: multiply the "
             "exponentials by the mask, instead of filling with -inf",
         "top_hidden":
-            "the largest logit is taken over hidden keys too: all visible exponentials underflow "
-            "and 0 / 0 is nan",
+            "S, or the largest logit, is taken over hidden keys too: all visible exponentials "
+            "underflow and 0 / 0 is nan",
     },
     "tokens_per_block": {
         "early":
@@ -395,7 +396,7 @@ def spec_select(score, pos, k, prompt_len, sink, local, wrong=None):
 def attention_weights(i, query, keys, keep, given, wrong=None):
     """The weight of each key for query i of one head: lists query [d], keys [n][d], keep [n].
 
-    given: the mask that `top` is read from, which is keep itself but for its gradient.
+    given: the mask that says who is seen, which is keep itself but for its gradient.
     """
     n = len(keys)
     seen = range(n) if wrong == "not_causal" else range(i + 1)
@@ -412,11 +413,15 @@ def attention_weights(i, query, keys, keep, given, wrong=None):
         e = [math.exp(a[j] - top) if j in seen else 0.0 for j in range(n)]
         total = sum(e)
         return [e[j] / total * mask(keep, j) for j in range(n)]
-    top = max((a[j] for j in seen if mask(given, j) or wrong == "top_hidden"), default=0.0)
+    summed = [j for j in seen if mask(given, j) or wrong == "top_hidden"]
+    top = max((a[j] for j in summed), default=0.0)
+    log_sum = top + math.log(sum(math.exp(a[j] - top) for j in summed) or 1.0)
     e = [0.0] * n
     for j in seen:
-        if a[j] - top >= -104:      # below e^-104 fp32 knows only 0
-            e[j] = math.exp(min(a[j] - top, 0)) * mask(keep, j)
+        x = a[j] - log_sum
+        if x >= -104:               # below e^-104 fp32 knows only 0
+            weight = math.exp(x) if j in summed else 1 / (1 + math.exp(-x))
+            e[j] = weight * mask(keep, j)
     total = sum(e)
     return [w / total if total else math.nan for w in e]
 

@@ -30,6 +30,25 @@ def test_calibration_finds_the_prior_that_the_rows_want(tiny, monkeypatch):
     assert heldout.calibrate(tiny, None, random_rows(2), SCHEDULE) == -0.25
 
 
+def test_calibration_stops_when_it_is_asked_to(tiny, monkeypatch):
+    stop = []
+
+    def cost(*args):
+        stop.append(15)
+        return torch.zeros(1, 3)
+
+    monkeypatch.setattr(heldout, "nll", cost)
+    with pytest.raises(SystemExit, match="stopped while calibrating: the predictors are saved"):
+        heldout.calibrate(tiny, fresh_predictors(), random_rows(3), SCHEDULE, stop=stop)
+    assert len(stop) == 1, "one row later"
+
+
+def test_a_report_says_no_correlation_where_there_is_none(tiny):
+    rows = random_rows(1, length=10, prompt_len=5)      # all of the prompt is protected
+    found = heldout.report(tiny, rows, SCHEDULE, "norm_gx", fresh_predictors().eval())
+    assert not {"spearman", "overlap"} & set(found) and found["nll_sdtp"] == found["nll_full"]
+
+
 def test_report_measures_every_arm(tiny):
     found = heldout.report(tiny, random_rows(2), SCHEDULE, "norm_gx", fresh_predictors().eval())
     assert set(found) == {"spearman", "overlap", "nll_full", "nll_sdtp", "nll_random",

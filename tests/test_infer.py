@@ -1,6 +1,7 @@
 """infer.py: generation, the times of both arms, the command lines, the committed toy's answers."""
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import asdict
 
@@ -8,16 +9,22 @@ import pytest
 import torch
 
 import infer
+import toy
 from conftest import SCHEDULE, TOY, command, tiny_model
 from infer import bench, generate, greedy, sampler, side_by_side
+from lab import quality
+from lab.demo import show_arms
 from lab.figures import dropped_at, survivors_text
 from lab.scorers import SCORERS, make_scorer, random_scorer
+from lab.tasks import Answer, Item
 from model import Tokenizer, load
 from prune import Schedule, extend, prefill
-from support import checkpoint
+from support import checkpoint, timing
 from support.data import examples
 from support.parsers import infer_parser
+from support.sampling import fitting
 from support.saved import load_pruning
+from support.timing import random_prompt
 
 # -------------------------------------------------------------------------------------- generation
 
@@ -90,11 +97,70 @@ def test_a_temperature_that_is_none_is_refused(temperature):
         sampler(temperature)
 
 
+def test_the_end_of_a_text_is_one_token_or_several(tiny, tokens):
+    said = generate(tiny, tokens[:1], 8, eos=()).tokens
+    end = said[2]
+    stopped = said[:said.index(end) + 1]
+    for eos in (end, (end,), [end, 89], {end}, torch.tensor([end])):
+        assert generate(tiny, tokens[:1], 8, eos=eos).tokens == stopped
+    for eos in ("2", 2.0, (end, None)):
+        with pytest.raises(ValueError, match="expected a token id, or several"):
+            generate(tiny, tokens[:1], 8, eos=eos)
+
+
+@pytest.mark.parametrize("new", [0, -1, 2.0, "8", None])
+def test_a_number_of_tokens_that_is_none_is_refused(tiny, tokens, new):
+    with pytest.raises(ValueError, match="expected a whole number, at least 1"):
+        generate(tiny, tokens[:1], new)
+
+
+def test_more_than_one_prompt_is_refused(tiny, tokens):
+    with pytest.raises(ValueError, match="reads one prompt, not 2: see lab/batch.py"):
+        generate(tiny, tokens, 3)
+
+
 @pytest.mark.parametrize("pick", [greedy, sampler(1.0)], ids=["greedy", "drawn"])
 def test_damaged_weights_are_named(tiny, tokens, pick):
     tiny.head.weight.data[3] = math.nan
     with pytest.raises(ValueError, match="not finite in torch.float32: the weights are damaged"):
         generate(tiny, tokens[:1], 8, pick=pick)
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_damage_that_only_decode_meets_is_named(tiny, tokens, damage, drawn):
+    """A row of the embedding that the prompt does not read: the first new token meets it."""
+    def pick():
+        return sampler(2.0, torch.Generator().manual_seed(1)) if drawn else greedy
+
+    prompt = tokens[:1, :8]
+    first = generate(tiny, prompt, 1, pick=pick()).tokens[0]
+    assert first not in prompt[0]
+    tiny.embed.weight.data[first] = damage
+    tiny.source = "folder/model.safetensors"
+    assert generate(tiny, prompt, 1, pick=pick()).tokens == [first]
+    with pytest.raises(ValueError, match="folder/model.safetensors: the logits are not finite in "
+                                         "torch.float32: the weights are damaged"):
+        generate(tiny, prompt, 4, pick=pick(), eos=())
+
+
+def test_a_likelihood_that_is_none_names_its_row_and_is_not_kept(tiny, tmp_path):
+    tiny.embed.weight.data[88] = math.nan
+    items = [Item(list(range(20)), [Answer(answer, 0, 1)], 0) for answer in ([5, 6], [88, 5])]
+    log = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="^row 2, random: random weights: the logits are not fini"):
+        quality.measure_rows(quality.Setup(tiny, SCHEDULE), items, ["full", "random"], log, "run")
+    assert len(log.read_text().splitlines()) == 2       # "run", and the first row
+
+
+def test_rows_meet_the_arms_there_and_back(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quality, "measure_arm", lambda s, i, arm, *_: seen.append(arm.scorer))
+    names = ["full", "random", "recent"]
+    for number in range(2):
+        found = quality.measure(quality.Setup(tiny, SCHEDULE), None, names, number)
+        assert list(found) == names
+    assert seen == [*names, *reversed(names)]
 
 
 def test_pick_and_step_are_any_functions(tiny, tokens):
@@ -129,6 +195,65 @@ def test_too_many_new_tokens_are_refused_before_the_prompt_is_read(tokens, monke
     assert read == [1]
 
 
+# What the toy's folder says of its positions in the tests below, where prompts of 60 are long.
+LIMIT = 64
+
+
+@pytest.fixture
+def short(tmp_path):
+    """The toy with LIMIT positions."""
+    for path in TOY.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((TOY / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config["max_position_embeddings"] = LIMIT
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def words_of(n):
+    """A text of n tokens, with the begin-of-text."""
+    text = "Anna sells old maps. " * 40
+    return Tokenizer("toy").decode(Tokenizer("toy").encode(text)[1:n])
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*words) -> what infer.py prints, run in this process."""
+    def said(*words):
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
+        infer.main()
+        return capsys.readouterr().out
+    return said
+
+
+@pytest.mark.parametrize("n, new", [(60, 5), (LIMIT, 1)])
+def test_as_many_tokens_as_fit_are_the_default(short, run, n, new):
+    said = run("--ckpt", short, "--prompt", words_of(n), "--json")
+    result = json.loads(said.splitlines()[-1])
+    assert result["prompt_tokens"] == n
+    assert result["full"]["new_tokens"] <= new
+    assert said.startswith(f"new tokens: {new} instead of 48, because behind {n} prompt tokens no "
+                           "more fit into this model's 64 positions\n")
+
+
+def test_what_fits_is_said_only_where_it_matters(tiny, capsys):
+    assert [fitting(tiny, n, None, 48) for n in (1, 465, 466)] == [48, 48, 47]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert [fitting(tiny, 512, new, 48) for new in (1, 50)] == [1, 50]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("n, more", [(60, ("--max-new-tokens", 6)), (65, ()),
+                                     (65, ("--max-new-tokens", 1))])
+def test_what_does_not_fit_is_refused_before_any_prefill(short, leaves, monkeypatch, n, more):
+    monkeypatch.setattr(infer, "prefill", None)
+    ended = leaves("infer.py", "--ckpt", short, "--prompt", words_of(n), *more)
+    assert ended.startswith("infer.py: ")
+    assert "beyond this model's 64 positions; use a shorter prompt" in ended
+    assert len(ended.splitlines()) == 1
+
+
 def test_every_token_has_its_stage(tiny, tokens):
     _, _, trace = prefill(tiny, tokens[:1], SCHEDULE, random_scorer(1))
     stage_of = dropped_at(trace, 60)
@@ -152,6 +277,56 @@ def test_side_by_side_gives_what_each_arm_alone_does(tiny, tokens):
     assert all(run.prefill_s > 0 for run in runs.values())
 
 
+def test_arms_are_timed_there_and_back_over_as_many_tokens(tiny, tokens, monkeypatch):
+    """Whatever they say: here full ends with its second token, sdtp does not."""
+    arms, made = {"full": (None, None), "sdtp": (SCHEDULE, random_scorer(1))}, []
+    alone = {name: generate(tiny, tokens[:1], 6, *arm, eos=()).tokens
+             for name, arm in arms.items()}
+    end = alone["full"][1]
+    assert end not in alone["full"][:1] + alone["sdtp"]
+
+    def noting(model, tokens, new, *arm, **options):
+        run = generate(model, tokens, new, *arm, **options)
+        made.append(("sdtp" if arm[0] else "full", len(run.tokens)))
+        return run
+
+    monkeypatch.setattr(infer, "generate", noting)
+    arms["sdtp"] = SCHEDULE, random_scorer(1)
+    runs = side_by_side(tiny, tokens[:1], arms, 6, eos=(end,))
+    assert [len(run.tokens) for run in runs.values()] == [2, 6]
+    there, back = ["full", "sdtp"], ["sdtp", "full"]
+    assert [name for name, _ in made] == [*there, *there, *there, *back, *there, *back]
+    assert [n for _, n in made] == [2, 6, 4, 4, 1, 1, *[6] * 6]
+    assert all(run.decode_s > 0 for run in runs.values())
+
+
+class Letters:
+    """Stands in for a tokenizer where only numbers matter."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+    def piece(self, token):
+        return str(token)
+
+
+def test_the_demo_compares_what_is_comparable(tiny, tokens, capsys):
+    """Caches after the prompt, and times of as many tokens, though one text is shorter."""
+    arms = {"full": (None, None), "sdtp": (SCHEDULE, random_scorer(1))}
+    runs = {name: generate(tiny, tokens[:1], new, *arm, eos=())
+            for (name, arm), new in zip(arms.items(), (8, 2))}
+    told = show_arms(tiny, Letters(), tokens[0].tolist(), runs, SCHEDULE)
+    counts = SCHEDULE.counts(60, 6)
+    assert told["full"]["kv_bytes"] == 60 * 6 * 2 * 24 * 4
+    assert told["sdtp"]["kv_bytes"] == sum(counts) * 2 * 24 * 4
+    for name, run in runs.items():
+        assert told[name]["e2e_s"] == run.prefill_s + run.decode_s * 7
+        assert told[name]["new_tokens"] == len(run.tokens)
+    said = capsys.readouterr().out
+    assert f"KV cache {1 - sum(counts) / 360:.0%} smaller" in said
+    assert said.count("; 8 tokens in ") == 2
+
+
 def test_bench_times_both_arms(tiny):
     row, = bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=2)
     assert row["n"] == 40
@@ -167,6 +342,45 @@ def test_bench_times_both_arms(tiny):
     assert row["sdtp"]["kv_bytes"] < row["full"]["kv_bytes"]
     assert 1 < row["ideal"] < 3
     assert row["share_of_ideal"] == row["speedup"]["prefill"] / row["ideal"]
+
+
+def test_a_cpu_tells_no_arms_peak_of_memory(tiny, capsys):
+    """It knows the peak of the whole process alone."""
+    row, = bench(tiny, [40], SCHEDULE, random_scorer(), new=1, repeats=1)
+    assert row["full"]["peak_bytes"] is row["sdtp"]["peak_bytes"] is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2] for line in lines if line.split()[1] in ("full", "sdtp")] == ["-", "-"]
+
+
+def test_bench_looks_at_all_lengths_first(capsys):
+    model = tiny_model(max_positions=64)
+    with pytest.raises(ValueError, match="position 64 is beyond this model's 64 positions"):
+        bench(model, [20, 62, 30], SCHEDULE, random_scorer(), new=4, repeats=1)
+    assert capsys.readouterr().out == ""
+    row, = bench(model, [61], SCHEDULE, random_scorer(), new=4, repeats=1)
+    assert row["n"] == 61
+
+
+def test_a_type_that_this_cpu_emulates_is_not_measured(tiny, monkeypatch):
+    monkeypatch.setattr(timing, "matmul_s", lambda dtype: 1.0 if dtype == torch.float16 else 0.02,
+                        raising=False)
+    with pytest.raises(ValueError, match="50 times as long as in float32, so measure with "):
+        bench(tiny.half(), [20], SCHEDULE, random_scorer(), new=1, repeats=1)
+
+
+def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, monkeypatch):
+    def no_room(model, n):
+        if n == 33:
+            raise torch.OutOfMemoryError("out of memory.\nTried to allocate 64 GB")
+        return random_prompt(model, n)
+
+    monkeypatch.setattr(infer, "random_prompt", no_room)
+    ended = leaves("infer.py", "--bench", 32, 33, 34, "--max-new-tokens", 2, "--repeats", 1,
+                   "--json")
+    assert ended == "infer.py: not measured, see above: prompts of 33 tokens"
+    said = capsys.readouterr().out.splitlines()
+    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in said
+    assert [row["n"] for row in json.loads(said[-1])["bench"]] == [32, 34]
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -194,6 +408,14 @@ def test_toy_answers_with_a_third_of_the_tokens():
     assert right["full"] >= 11, right
     assert right["predictor"] >= 10, right
     assert right["random"] <= 8, right
+
+
+def test_the_toy_is_asked_nothing_that_it_has_no_positions_for(leaves, monkeypatch):
+    monkeypatch.setattr(toy, "examine", None)
+    for least in (2049, 2046):      # no prompt fits; the prompt does, but its answer does not
+        ended = leaves("toy.py", "--eval", 1, "--least", least)
+        assert "beyond this model's 2048 positions" in ended
+        assert len(ended.splitlines()) == 1
 
 
 def test_toy_on_disk_is_small_and_its_tokenizer_round_trips():
@@ -224,6 +446,18 @@ def test_infer_command(tmp_path):
     assert page.is_file()
 
 
+def test_h2o_of_everything_and_fewer_stages(run):
+    words = "--prompt", words_of(60), "--max-new-tokens", 3, "--json"
+    plain, kept, fewer = (json.loads(run(*words, *more).splitlines()[-1])
+                          for more in ((), ("--h2o", 1), ("--stages", 5)))
+    for name in ("full", "sdtp"):
+        assert kept[name]["text"] == plain[name]["text"]
+        assert kept[name]["kv_bytes"] == plain[name]["kv_bytes"]
+    assert fewer["schedule"]["stages"] == max(fewer["stage_of"]) == 5
+    assert fewer["sdtp"]["counts"][:7] == plain["sdtp"]["counts"][:7]
+    assert set(fewer["sdtp"]["counts"][6:]) == {fewer["sdtp"]["counts"][6]}
+
+
 @pytest.mark.beside
 def test_bench_command():
     code, out, err = command("infer.py", "--bench", 64, "--max-new-tokens", 2, "--repeats", 1,
@@ -244,6 +478,7 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--prompt-file", "tests"), "directory"),
     (("--temperature", "nan"), "expected 0 (greedy) or more"),
     (("--predictors", "none.safetensors"), "no such file"),
+    (("--h2o", 0), "have to be shares"),
     (("--h2o", 0.4, "--compile"), "cannot decode in static shapes"),
     (("--bench", 64, "--h2o", 0.4), "--bench reads whole caches greedily"),
     (("--tp", "--bench", 64), "--tp runs without --compile and --bench"),

@@ -66,7 +66,7 @@ def assert_same_file(a, b):
 @pytest.mark.beside
 def test_five_kills_change_nothing_in_training(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    names = ("predictors.safetensors", "train_state.safetensors")
+    names = ("predictors.safetensors", "predictors_state.safetensors")
     words = ["train.py", "--steps", 18, "--accum", 1, "--states", "marked", "--cls", 0,
              "--report-rows", 0, "--save-every", 0, "--limit", 5, "--seed", 3]
     resumed = [*words, "--out", broken, "--resume"]

@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "checkpoints" / "toy"
 ALLOWED = ("works", "clear error")
 FORBIDDEN = ("OTHER EXCEPTION", "NO FILE NAMED", "HANG", "CRASH", "MEMORY", "OUTSIDE")
+VOCAB = 1284                        # the toy's 1280 pieces and added tokens
+ADDED = ("<|im_start|>", "<|im_end|>", "<pad>")
 SECONDS = 20                        # what one case may take
 MEGABYTES = 400                     # and its memory above that of undamaged files
 
@@ -62,17 +64,20 @@ def test_damaged_files_are_used_or_refused_in_one_clear_line():
 def write_files(folder):
     """Two directories of good files, each in another layout of a checkpoint.
 
-    "sharded" has two files of weights and the toy's tokenizer, "single" one file of weights and a
-    tokenizer.json. In both are rows, predictors and the state of a training stopped half-way.
+    "sharded" has two files of weights and the toy's tokenizer with added_tokens.json, "single" one
+    file of weights and a tokenizer.json, its added tokens in tokenizer_config.json too. In both are
+    rows, predictors and the state of a training stopped half-way.
     """
     import golden
     cases = checkpoint_cases(golden.cases())
     places = []
     for name in cases:
         place = folder / name
-        with mock.patch.multiple(golden, VOCAB=1280, cases=lambda: cases):
+        with mock.patch.multiple(golden, VOCAB=VOCAB, cases=lambda: cases):
             golden.write_checkpoint(place, name)
         write_rows(place)
+        ends = {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "temperature": 0.7}
+        (place / "generation_config.json").write_text(json.dumps(ends))
         write_tokenizer(place, fast=name == "single")
         train_half(place)
         places.append(place)
@@ -80,7 +85,7 @@ def write_files(folder):
 
 
 def checkpoint_cases(known):
-    """The two config.json: small, so that a case takes little, with the toy's vocabulary."""
+    """The two config.json: small, so that a case takes little, with room for the tokenizers."""
     sharded = {
         **known["sharded"],
         "rope_scaling": known["llama3"]["rope_scaling"],
@@ -88,7 +93,7 @@ def checkpoint_cases(known):
         "intermediate_size": 24,
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 1280,
+        "vocab_size": VOCAB,
         "max_position_embeddings": 256,
     }
     single = {**sharded, "tie_word_embeddings": True, "rope_scaling": None}
@@ -106,13 +111,32 @@ def write_rows(place):
 
 
 def write_tokenizer(place, fast):
-    """A tokenizer.json (if `fast`, where that package is installed) or the toy's tokenizer."""
-    settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 2048}
-    (place / "tokenizer_config.json").write_text(json.dumps(settings))
-    if not fast or not importlib.util.find_spec("tokenizers"):
+    """A tokenizer.json (if `fast`, where that package is installed) or the toy's tokenizer.
+
+    Both have the tokens ADDED. A tokenizer.json has the truncation and padding of some training.
+    """
+    settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 2048,
+                "tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>"}
+    made = fast and importlib.util.find_spec("tokenizers")
+    if made:
+        made = make_tokenizer()
+        made.save(str(place / "tokenizer.json"))
+    else:
         shutil.copy(TOY / "tokenizer.model", place)
-        return
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    first = made.token_to_id(ADDED[0]) if made else 1280
+    if fast:
+        listed = {str(first + i): {"content": text, "lstrip": i == 2, "special": i < 2}
+                  for i, text in enumerate(ADDED)}
+        settings["added_tokens_decoder"] = listed
+    else:
+        listed = {text: first + i for i, text in enumerate(ADDED)}
+        (place / "added_tokens.json").write_text(json.dumps(listed))
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_tokenizer():
+    """A tokenizer of the package tokenizers: bytes and a few merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h")]
     for vowel in "aeiou":
@@ -123,8 +147,11 @@ def write_tokenizer(place, fast):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(place / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "</s>", *ADDED[:2]])
+    tokenizer.add_tokens([AddedToken(ADDED[2], lstrip=True)])
+    tokenizer.enable_truncation(500, stride=2)
+    tokenizer.enable_padding(length=8)
+    return tokenizer
 
 
 def train_half(place):
@@ -132,7 +159,7 @@ def train_half(place):
     with contextlib.suppress(SystemExit):
         train_on(place, stop=[signal.SIGTERM])
     settle(place / "predictors.safetensors", command="python train.py")
-    settle(place / "train_state.safetensors")
+    settle(place / "predictors_state.safetensors")
 
 
 def settle(path, **notes):
@@ -169,7 +196,8 @@ def answer(folder):
                            device="cpu", dtype=None, tp=False, scorer="prior")
     model, schedule, predictors, metadata = load_pruning(args)
     scorer = make_scorer("prior", model, schedule, predictors, prior=metadata["prior"])
-    for text in ("What does Clara sell?\n\u6771\u4eac \U0001f642", "the " * 30):
+    for text in ("<|im_start|>What does Clara sell?\n\u6771\u4eac \U0001f642<|im_end|> <pad>",
+                 "the " * 30):
         tokens = torch.tensor([tokenizer.encode(text)])
         said = infer.generate(model, tokens, 2, schedule, scorer).tokens
         tokenizer.decode(said)
@@ -272,6 +300,21 @@ def damage_json(value, draw):
 
 def damage_json_file(data, draw):
     return damage_json(json.loads(data), draw)
+
+
+def damage_lists(data, draw):
+    """Of a tokenizer's files nothing but the added tokens, truncation and padding."""
+    value = json.loads(data)
+    names = ("added_tokens", "added_tokens_decoder", "truncation", "padding")
+    parts = {name: value.pop(name) for name in names if name in value}
+    if not parts:                       # added_tokens.json holds nothing else
+        return damage_json(value, draw)
+    if draw.random() < 0.5:
+        name = draw.choice(list(parts))
+        value |= {other: part for other, part in parts.items() if other != name}
+        parts = {name: parts[name]}
+    whole = json.dumps(value).encode()
+    return whole[:-1] + b", " + damage_json(parts, draw)[1:]
 
 
 def damage_bytes(data, draw):
@@ -505,16 +548,19 @@ KINDS = {  # kind of file -> file names, ways to damage it
     "shard index": ([SINGLE + ".index.json"], [damage_json_file] * 3 + [damage_bytes]),
     "safetensors header": ([*SHARDS, SINGLE], [damage_header] * 6 + [damage_bytes]),
     "safetensors body": ([SHARDS[0], SINGLE], [damage_body]),
+    "generation_config.json": (["generation_config.json"], [damage_json_file] * 2 + [damage_bytes]),
     "tokenizer.model": (["tokenizer.model"], [damage_pieces, damage_bytes]),
-    "tokenizer.json": (["tokenizer.json"], [damage_json_file] * 3 + [damage_bytes]),
-    "tokenizer settings": (["tokenizer_config.json"], [damage_json_file] * 2 + [damage_bytes]),
+    "tokenizer.json": (["tokenizer.json"],
+                       [damage_json_file] * 3 + [damage_lists] * 3 + [damage_bytes]),
+    "tokenizer settings": (["tokenizer_config.json", "added_tokens.json"],
+                           [damage_json_file] * 2 + [damage_lists] * 2 + [damage_bytes]),
     "predictors": (["predictors.safetensors"], [damage_header] * 5 + [damage_body, damage_bytes]),
-    "training state": (["train_state.safetensors"],
+    "training state": (["predictors_state.safetensors"],
                        [damage_header] * 5 + [damage_body, damage_bytes]),
     "JSONL rows": (["rows.jsonl"], [damage_row] * 4 + [damage_bytes]),
 }
-# which kind comes when: headers three times a round, the tokenizer's settings once, others twice
-ORDER = [*KINDS, *(kind for kind in KINDS if kind != "tokenizer settings"), "safetensors header"]
+# which kind comes when: headers three times a round, others twice
+ORDER = [*KINDS, *KINDS, "safetensors header"]
 
 
 def make_case(folder, sources, seed, number):

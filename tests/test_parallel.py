@@ -89,7 +89,7 @@ def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) != 0
     assert "stopped and saved after step" not in seen
-    metadata = load_tensors(tmp_path / "train_state.safetensors")[1]
+    metadata = load_tensors(tmp_path / "predictors_state.safetensors")[1]
     assert 1 <= int(metadata["step"]) < 3
     log = alone(*words, "--resume")["log"]
     want = [entry["loss"] for entry in single["topk"][0]]

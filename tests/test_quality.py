@@ -1,4 +1,5 @@
 """How answers are read after a pruned prompt, what the table adds up, and runs that go on."""
+import argparse
 import json
 import math
 from functools import partial
@@ -147,7 +148,7 @@ def row_of(sums, **more):
 
 
 def test_table_of_a_choice():
-    # per byte the second choice is likelier
+    # per character the second choice is likelier
     items = [Item([1], [Answer([1], 0, 1), Answer([1], 0, 4)], 0)] * 2
     done = [row_of({"full": (1, 2), "random": (3, 2)}), row_of({"full": (3, 2), "random": (1, 2)})]
     table = quality.table(done, ["full", "random"], "piqa", items)
@@ -226,6 +227,13 @@ def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypa
         measure_rows(setup, items, names, log, "other settings")
 
 
+def test_rows_of_another_format_are_another_commands(tiny):
+    args, setup = argparse.Namespace(task="copa", data=None), Setup(tiny, SCHEDULE)
+    texts = [quality.identity(args, ["full"], setup, Item([1, 2], [Answer(tokens, 0, 5)], 0))
+             for tokens in ([3], [3], [9, 3])]
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize("text, message", [
     ('settings\n{"row": 1}\n', "its rows are not in order"),
     ('settings\n{"row": 0}\nrow\n', "line 3: not valid JSON"),
@@ -273,17 +281,37 @@ def test_a_task_with_words_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--ckpt", "random:llama-7b"), "no checkpoint"),
+    (("--ckpt", "random:llama-7b"), "random weights are for timings"),
     (("--task", "piqa"), "--task piqa needs --data"),
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--scorers", "predictor", "--first", 3), "predictors stand after blocks"),
     (("--data", "none.jsonl"), "no such data file"),
+    (("--shots", 5), "--task nll has no few-shot examples"),
+    (("--shots", 5, "--task", "text", "--data", "t.jsonl"), "--task text has no few-shot examples"),
+    (("--shots", 5, "--task", "long", "--data", "l.jsonl"), "--task long has no few-shot examples"),
+    (("--rouge", "--task", "piqa", "--data", "p.jsonl"), "--task piqa generates no text"),
 ])
 def test_bad_input_ends_in_one_line(leaves, words, message):
     ended = leaves("lab/quality.py", *words)
     assert isinstance(ended, str) and message in ended
     assert len(ended.splitlines()) == 1 and ended.startswith("quality.py: ")
+
+
+def test_a_row_beyond_the_models_positions_is_named_before_the_work(leaves, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "measure", None)
+    text = "The fog moved behind the green mirrors. " * 400
+    rows = {"text": [{"text": text}],
+            "choice": [{"context": c, "choices": ["a", "b"], "label": 0}
+                       for c in ("short", text, *"0123456789")]}
+    words = {"text": ("--max-prompt", 2000, "--max-response", 50), "choice": ()}
+    for task, number in (("text", 1), ("choice", 2)):
+        data = tmp_path / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
+        ended = leaves("lab/quality.py", "--task", task, "--data", data, *words[task])
+        assert ended.startswith(f"quality.py: row {number}: a prompt of ")
+        assert "more than this model's 2,048 positions" in ended
+        assert len(ended.splitlines()) == 1
 
 
 def test_a_limit_is_a_number(leaves, capsys):

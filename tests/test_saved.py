@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from conftest import command, fresh_predictors, tiny_model
+from lab.scorers import SCORERS
 from predictor import Predictor
-from prune import Schedule
+from prune import Schedule, predictor_scorer, prefill
 from support.files import load_tensors, output, save_tensors
-from support.saved import load_predictors, load_state, save_predictors, save_state
+from support.parsers import infer_parser
+from support.saved import load_predictors, load_pruning, load_state, save_predictors, save_state
 
 THREE = Schedule(1, 2, 3, 0.7)
 
@@ -50,7 +52,8 @@ def test_predictors_of_another_model_are_refused(saved):
         load_predictors(path, tiny_model(n_heads=2, n_kv_heads=2, head_dim=24))
 
 
-@pytest.mark.parametrize("first, step, stages", [(2, 2, 3), (1, 1, 3), (1, 2, 2)])
+@pytest.mark.parametrize("first, step, stages", [(2, 2, 3), (1, 1, 3), (2, 2, 2), (1, 1, 2),
+                                                  (1, 2, 4), (1, 2, 0)])
 def test_predictors_of_other_stages_are_refused(saved, tiny, first, step, stages):
     path, _ = saved
     with pytest.raises(ValueError, match=r"after blocks \[1, 3, 5\]"):
@@ -60,6 +63,21 @@ def test_predictors_of_other_stages_are_refused(saved, tiny, first, step, stages
 def test_another_keep_ratio_is_fine(saved, tiny):
     path, _ = saved
     load_predictors(path, tiny, Schedule(1, 2, 3, 0.5))
+
+
+def test_fewer_stages_are_fine(saved, tiny):
+    """The paper's SDTP-low: the first predictors score, the others have nothing to do."""
+    path, _ = saved
+    for stages in (1, 2):
+        schedule = Schedule(1, 2, stages, 0.7)
+        predictors, _ = load_predictors(path, tiny, schedule)
+        prompt = torch.arange(30)[None]
+        _, _, trace = prefill(tiny, prompt, schedule, predictor_scorer(predictors))
+        assert [stage.block for stage in trace] == [1, 3][:stages]
+    for words in (["--stages", "5"], ["--stages", "5", "--scorer", "random"]):
+        args = infer_parser("", SCORERS).parse_args([*words, "--device", "cpu"])
+        model, schedule, _, _ = load_pruning(args)
+        assert schedule.after(len(model.blocks)) == [2, 3, 4, 5, 6]
 
 
 def test_damaged_predictors_file_is_refused(saved, tiny):
@@ -144,7 +162,7 @@ def one_step(seed=0):
 @pytest.fixture
 def state(tmp_path):
     """The path of a training state after one step of the run "this run"."""
-    path = tmp_path / "train_state.safetensors"
+    path = tmp_path / "predictors_state.safetensors"
     save_state(path, *one_step(), 1, [{"step": 1, "loss": 2.5}], "this run")
     return path
 
@@ -184,7 +202,7 @@ DAMAGED_NOTES = [("step", "-1"), ("step", "x"), ("log", "[" * 100000), ("log", "
 
 
 def refused(state):
-    with pytest.raises(ValueError, match="train_state.safetensors: damaged training state"):
+    with pytest.raises(ValueError, match="predictors_state.safetensors: damaged training state"):
         load_state(state, *one_step(seed=1), "this run")
 
 

@@ -11,6 +11,8 @@ from lab.scorers import random_scorer
 from lab.speed import Ceilings
 from model import hf_name
 from prune import flops, kv_bytes, prefill
+from support import timing
+from support.timing import random_prompt
 
 MEASURED = {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"}
 
@@ -55,6 +57,48 @@ def test_what_is_reached_of_the_ceilings(tiny, quick):
         floors.append(used / 1e12 + 4 * moved / 1e10)
     assert row["speedup"]["e2e_by_floors"] == pytest.approx(floors[0] / floors[1])
     assert row["pruning_share"] == row["pruning_s"] / row["sdtp"]["prefill_s"]
+
+
+def test_all_lengths_are_looked_at_before_the_ceilings(monkeypatch, leaves):
+    monkeypatch.setattr(speed, "ceilings", None)
+    model = tiny_model(max_positions=64)
+    with pytest.raises(ValueError, match="with 62 prompt tokens and 4 new ones position 64 is"):
+        speed.bench(model, [20, 62], SCHEDULE, random_scorer(), new=4, repeats=1)
+    ended = leaves("lab/speed.py", "--lengths", 64, 2048, "--max-new-tokens", 2)
+    assert ended.startswith("speed.py: with 2048 prompt tokens and 2 new ones position 2048 is ")
+
+
+def test_a_type_that_this_cpu_emulates_is_not_measured(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "ceilings", None)
+    monkeypatch.setattr(timing, "matmul_s", lambda dtype: 1.0 if dtype == torch.float16 else 0.02,
+                        raising=False)
+    with pytest.raises(ValueError, match="50 times as long as in float32, so measure with "):
+        speed.bench(tiny.half(), [20], SCHEDULE, random_scorer(), new=1, repeats=1)
+
+
+def test_the_usual_lengths_are_those_that_fit():
+    assert speed.usual_lengths(2048, None) == [512, 1024]
+    assert speed.usual_lengths(2048, 1) == [512, 1024, 2048]
+    assert speed.usual_lengths(8192, None) == list(speed.LENGTHS)
+    assert list(speed.usual_lengths(64, None)) == [512]
+
+
+def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, monkeypatch, quick):
+    def no_room(model, n):
+        if n == 33:
+            raise torch.OutOfMemoryError("out of memory.\nTried to allocate 64 GB")
+        return random_prompt(model, n)
+
+    monkeypatch.setattr(speed, "random_prompt", no_room)
+    ended = leaves("lab/speed.py", "--lengths", 32, 33, "--max-new-tokens", 2, "--repeats", 1,
+                   "--profile", "--json")
+    assert ended == "speed.py: not measured, see above: prompts of 33 tokens"
+    said = capsys.readouterr().out.splitlines()
+    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in said
+    found = json.loads(said[-1])
+    assert [row["n"] for row in found["bench"]] == [32]
+    assert found["bench"][0]["full"]["peak_bytes"] is None      # a CPU tells none of an arm
+    assert set(found["profile"]) == {"full", "sdtp"}
 
 
 def test_without_decode_nothing_is_said_of_it(tiny, quick):

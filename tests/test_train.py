@@ -2,9 +2,11 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ import torch
 import train as T
 from conftest import (ROOT, SCHEDULE, batch_of, command, fresh_predictors, random_rows,
                       tiny_model)
+from lab import heldout
 from model import positions
 from prune import Schedule, candidates
 from saliency import mark
 from support.data import Example, pad
 from support.files import load_tensors, save_tensors
-from support.running import remembering
+from support.running import micro_batches, remembering
 from support.saved import load_predictors
 from train import Loss, Recipe, fit, marking, masked_pass, prepare, pruning, rate, train
 
@@ -275,6 +278,25 @@ def test_marks_that_are_remembered_train_the_same(whole, tmp_path, monkeypatch):
     assert len(marked) == len(set(marked)) == 6
 
 
+def test_only_what_is_read_is_remembered(tiny, tokens, monkeypatch):
+    """The pruning pass has states of its own; a recipe that reads the marked ones marks again."""
+    made = []
+
+    def noting(*args):
+        made.append(args)
+        return marking(*args)
+
+    marker, batch = remembering(noting), batch_of(tokens[:1], 48)
+    pruned, marked = Recipe(), Recipe(states="marked")
+    for recipe, times in ((pruned, 1), (pruned, 1), (marked, 2), (marked, 2), (pruned, 2)):
+        found = marker(tiny, batch, SCHEDULE, recipe)
+        want = marking(tiny, batch, SCHEDULE, recipe)
+        assert len(made) == times
+        assert (found.states is None) == (times == 1)
+        assert all(map(torch.equal, found.saliency, want.saliency))
+    assert all(map(torch.equal, found.states, want.states))
+
+
 def test_remembered_marks_know_where_the_prompt_ends(tiny, tokens):
     """The same text may be divided otherwise into prompt and response."""
     marker, recipe = remembering(marking), Recipe()
@@ -291,6 +313,24 @@ def test_reports_come_when_they_are_due_and_stand_in_the_log(tmp_path):
               report=lambda predictors: {"stages": len(predictors)}, report_every=2)
     reports = {entry["step"]: entry["heldout"] for entry in run.log if "heldout" in entry}
     assert reports == dict.fromkeys((2, 4, 5), {"stages": 4})
+
+
+@pytest.mark.parametrize("steps, said", [
+    (6, "read in all: 6 rows 2 times"),
+    (5, "read in all: 4 rows 2 times, 2 rows 1 time"),
+    (2, "read in all: 4 rows 1 time, 2 rows 0 times"),
+])
+def test_how_often_each_row_is_read_is_said(tmp_path, capsys, steps, said):
+    """Steps of two of six rows."""
+    run = short_run(tmp_path, steps, Loss(cls=0.0, mse=0.0), states="marked")
+    assert said in capsys.readouterr().out.splitlines()
+    reads = Counter()
+    for step in range(steps):
+        for _, group in micro_batches(step, 6, run.recipe):
+            reads.update(group)
+    rows = Counter(reads[i] for i in range(6))
+    told = re.findall(r"(\d+) rows (\d+) time", said)
+    assert rows == {int(times): int(count) for count, times in told}
 
 
 def test_stages_past_the_last_block_get_no_predictors(tmp_path):
@@ -371,7 +411,7 @@ def test_resume_after_a_process_was_killed(whole, tmp_path, moment):
     """Whatever moment a kill -9 chooses, in step 6 or while its predictors or state are written."""
     code, _, err = command("-c", KILLED.format(where=MOMENTS[moment]), tmp_path)
     assert code == -signal.SIGKILL, err
-    assert load_tensors(tmp_path / "train_state.safetensors")[1]["step"] == "5"
+    assert load_tensors(tmp_path / "predictors_state.safetensors")[1]["step"] == "5"
     resumed = short_run(tmp_path, resume=True)
     assert losses_of(resumed) == losses_of(whole)
     assert same_predictors(tmp_path, whole.out.parent)
@@ -388,6 +428,52 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, tmp_path):
     assert same_predictors(tmp_path, whole.out.parent)
 
 
+@pytest.mark.parametrize("lost", ["missing", "damaged", "of an earlier step"])
+def test_a_finished_run_that_is_resumed_writes_lost_predictors_again(whole, tmp_path, lost):
+    run = short_run(tmp_path, resume=True)
+    if lost == "missing":
+        run.out.unlink()
+    elif lost == "damaged":
+        run.out.write_bytes(run.out.read_bytes()[:1000])
+    else:
+        short_run(tmp_path / "earlier", 1)
+        (tmp_path / "earlier" / run.out.name).rename(run.out)
+    resumed = short_run(tmp_path, resume=True)
+    assert resumed.done == 8
+    assert same_predictors(tmp_path, whole.out.parent)
+    assert load_tensors(run.out)[1]["steps"] == "8"
+
+
+def test_a_finished_run_that_is_resumed_leaves_its_predictors_alone(tmp_path):
+    run = short_run(tmp_path, 1)
+    run.save(1, prior=0.5)
+    before = run.out.read_bytes()
+    short_run(tmp_path, 1, resume=True)
+    assert run.out.read_bytes() == before
+
+
+def test_two_runs_that_write_into_one_folder_leave_each_other_alone(tmp_path):
+    """Each goes on with its own state."""
+    def run(name, seed, steps, **around):
+        recipe = Recipe(Loss(cls=0.0, mse=0.0), states="marked", accum=2, seed=seed, steps=3)
+        return fit(tiny_model(), random_rows(6), SCHEDULE, recipe,
+                   tmp_path / f"{name}.safetensors", **around)
+
+    whole = {name: losses_of(run(name, seed, 3)) for seed, name in enumerate("cd")}
+    for seed, name in enumerate("ab"):
+        with pytest.raises(SystemExit, match="stopped and saved after step 1"):
+            run(name, seed, 3, stop=[signal.SIGTERM])
+    for seed, name in enumerate("ab"):
+        resumed = run(name, seed, 3, resume=True)
+        assert resumed.done == 1 and losses_of(resumed) == whole["cd"[seed]]
+
+
+def test_resuming_from_nothing_is_said(tmp_path, capsys):
+    short_run(tmp_path, 1, resume=True)
+    state = tmp_path / "predictors_state.safetensors"
+    assert f"from the start, there is no {state}" in capsys.readouterr().out
+
+
 def test_resuming_another_run_is_refused(tmp_path):
     short_run(tmp_path, 1)
     for other in ({"steps": 2}, {"steps": 1, "lr": 0.1},
@@ -401,7 +487,7 @@ def test_a_damaged_state_stops_the_resume(tmp_path):
     tensors, metadata = load_tensors(run.state)
     del tensors["o.3.exp_avg"]
     save_tensors(run.state, tensors, metadata)
-    with pytest.raises(ValueError, match="train_state.safetensors: damaged training state"):
+    with pytest.raises(ValueError, match="predictors_state.safetensors: damaged training state"):
         short_run(tmp_path, 1, resume=True)
 
 
@@ -449,6 +535,7 @@ def test_settings_that_can_only_do_harm_are_refused(words, leaves):
 @pytest.mark.parametrize("words, message", [
     (("--data", "none.jsonl"), "no such data file"),
     (("--cls", 0, "--mse", 0, "--rank", 0), "all loss weights are 0"),
+    (("--steps", 3, "--epochs", 2), "--steps and --epochs each say how long to train"),
 ])
 def test_bad_input_ends_in_one_line(words, message, leaves):
     ended = leaves("train.py", *words)
@@ -489,6 +576,32 @@ def test_the_command_writes_predictors_that_infer_uses(trained):
     code, _, err = command("infer.py", "--predictors", folder / "predictors.safetensors",
                            "--max-new-tokens", 2)
     assert code == 0, err
+
+
+@pytest.fixture
+def signals():
+    """Puts back what the command does with signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_command_stops_while_it_calibrates(signals, leaves, monkeypatch, tmp_path):
+    asked = []
+
+    def nll(*args):
+        if not asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(1)
+        return torch.zeros(1, 3)
+
+    monkeypatch.setattr(heldout, "nll", nll)
+    ended = leaves("train.py", "--steps", 1, "--accum", 1, "--limit", 3, "--report-rows", 0,
+                   "--calibrate", 2, "--states", "marked", "--cls", 0, "--out", tmp_path)
+    assert ended.startswith("stopped while calibrating") and len(ended.splitlines()) == 1
+    assert len(asked) == 1
+    assert load_tensors(tmp_path / "predictors.safetensors")[1]["steps"] == "1"
 
 
 def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(trained, tmp_path):

@@ -138,9 +138,9 @@ def masked_attention(q, k, v, keep, wrong=None):
     hidden = ~see | (mask == 0)
     if wrong == "hard":
         return a.masked_fill(hidden, -math.inf).softmax(-1) @ v
-    top = a.masked_fill(~see if wrong == "top_hidden" else hidden, -math.inf)
-    top = top.amax(-1, keepdim=True).detach()
-    e = (a - top).clamp(max=0).exp() * see * mask
+    summed = a.detach().masked_fill(~see if wrong == "top_hidden" else hidden, -math.inf)
+    a = a - summed.logsumexp(-1, keepdim=True)
+    e = torch.where(hidden, F.logsigmoid(a), a).exp() * see * mask
     return e / e.sum(-1, keepdim=True) @ v
 
 
