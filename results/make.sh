@@ -57,11 +57,10 @@ make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl 
 scorers="--scorers full predictor prior random recent attention"
 for task in copa piqa winogrande boolq; do
     for shots in 0 5; do
-        limit=100 model=$real
-        # yes and no differ by less than bfloat16 tells
-        [[ $task == boolq ]] && model="--ckpt smollm2"
+        limit=100
         [[ $task$shots == boolq5 ]] && limit=40
-        make smollm2_${task}_$shots $quality $model --task $task --data $data/$task.jsonl \
+        # fp32: answers may differ by less than bfloat16 tells
+        make smollm2_${task}_$shots $quality --ckpt smollm2 --task $task --data $data/$task.jsonl \
             --shots $shots --limit $limit $scorers
     done
 done
@@ -77,17 +76,22 @@ make smollm2_dolly_f1 $quality $real --task long --data $data/dolly.jsonl \
     --min-prompt 128 --max-prompt 448 --limit 40 $scorers
 scorers="--scorers full full+h2o full+local predictor predictor+h2o"
 for task in copa piqa; do
-    make smollm2_h2o_$task $quality $real --task $task --data $data/$task.jsonl --shots 5 \
+    make smollm2_h2o_$task $quality --ckpt smollm2 --task $task --data $data/$task.jsonl --shots 5 \
         --limit 40 $scorers
 done
 make smollm2_h2o_nll $quality $real $dolly --limit 24 $scorers random
 
 # Ablations
-make smollm2_losses $ablations --table losses --rows 100 --epochs 1 --limit 32
-make smollm2_targets $ablations --table targets --rows 300 --limit 40
+ablations32="python -m lab.ablations --ckpt smollm2 $dolly"
+make smollm2_losses $ablations32 --table losses --rows 100 --epochs 1 --limit 32
+make smollm2_seeds $ablations32 --table seeds --rows 100 --epochs 1 --limit 32 --seeds 0 1 2
+make smollm2_targets $ablations32 --table targets --rows 300 --limit 40
 make smollm2_open $ablations --table open --rows 200 --limit 40 --text $data/wikitext2_valid.jsonl
 make smollm2_tradeoff $ablations --table tradeoff --limit 120
-make smollm2_figures $ablations --table figures --rows 100 --limit 16 --png "$results/smollm2"
+make smollm2_figures $ablations32 --table figures --rows 100 --limit 16 --png "$results/smollm2"
+make toy_gradient python -m lab.gradient
+make smollm2_gradient python -m lab.gradient --ckpt smollm2 --template chatml --context \
+    --data $data/dolly.jsonl --min-prompt 128 --max-prompt 200
 
 # Speed
 make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
