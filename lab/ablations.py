@@ -67,7 +67,7 @@ TABLES = {
         "SDTP: cross entropy + MSE + ranking", "without ranking", "without ranking and MSE",
         "with distillation", "with Gumbel keep/drop", "ranking alone, pruned states",
         "ranking alone, unpruned states", "the same, cross entropy and distillation added"),
-    "seeds": ("SDTP: cross entropy + MSE + ranking", "without ranking and MSE"),
+    "seeds": ("without ranking and MSE",),
     "targets": (
         "ranking alone, unpruned states", "MSE alone, unpruned states",
         "ranking by saliency difference", "the same, reduction norm of g",
@@ -425,10 +425,11 @@ def options():
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=40)
     parser.add_argument("--table", choices=(*TABLES, "figures", "open", "tradeoff"),
-                        default="losses", help="losses: Tables 4 and 5; seeds: two of these, for "
-                        "several --seeds; targets: what the ranking learns from, no pruning pass "
-                        "needed; figures: 4 and 5; open: what the paper leaves open; tradeoff: "
-                        "every scorer at five keep ratios, with the checkpoint's own predictors")
+                        default="losses", help="losses: Tables 4 and 5; seeds: cross entropy "
+                        "alone, for several --seeds; targets: what the ranking learns from, no "
+                        "pruning pass needed; figures: 4 and 5; open: what the paper leaves open; "
+                        "tradeoff: every scorer at five keep ratios, with the checkpoint's own "
+                        "predictors")
     parser.add_argument("--rows", type=at_least(1), default=200,
                         help="training rows (--limit counts the held-out ones)")
     parser.add_argument("--epochs", type=at_least(1), default=2, help="passes over them")
