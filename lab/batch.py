@@ -31,8 +31,7 @@ def generate_batch(model, prompts, max_new_tokens, schedule=None, scorer=None, e
     A row reads what `infer.generate` gives it alone, up to and with an eos. Not for scorers that
     look at the whole batch: random, attention of the last queries, the oracle.
     """
-    need(prompts and all(prompts) and max_new_tokens != 0, "a batch needs at least one prompt, no "
-                                                           "empty one, and something to generate")
+    need(prompts and all(prompts), "a batch needs at least one prompt, and no empty one")
     lengths, eos = [len(prompt) for prompt in prompts], ends(model, eos)
     for number, n in enumerate(lengths, start=1):   # a row that is too long would cost all others
         one_past(model, n, max_new_tokens, f"prompt {number} of {len(prompts)}: ")

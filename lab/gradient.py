@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from lab.heldout import spearman
 from model import Tokenizer, load, masked_attention, positions, visible
 from prune import Schedule, candidates
+from support.files import need
 from support.options import (Progress, add_data_arguments, add_json_argument, at_least, cli,
                              command_parser, print_json, rows_from)
 from support.parsers import CKPT_HELP
@@ -61,6 +62,7 @@ def measure(model, example, after, most, seed):
     free = candidates(positions(tokens), [example.prompt_len], Schedule())[0].nonzero()[:, 0]
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
     dropped = free[order[:len(free) // 2]]
+    need(len(dropped) > 1, "too few tokens may be dropped: choose a larger --min-prompt")
     mask = torch.ones(tokens.shape, dtype=model.dtype, device=model.device)
     mask[0, dropped] = 0
     gradients = {}
@@ -83,7 +85,7 @@ def compare(gradients, changes):
     found = {}
     for name, g in gradients.items():
         size = g.norm() / changes.norm()
-        cosine = F.cosine_similarity(g, changes, dim=0)
+        cosine = (g / g.norm()) @ (changes / changes.norm())
         found[name] = {"spearman": spearman(g, changes), "cosine": cosine.item(),
                        "size": size.item()}
     return found
@@ -101,6 +103,8 @@ def main():
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
     model = load(args.ckpt, torch.float64)
+    blocks = len(model.blocks)
+    need(args.after < blocks, f"--after {args.after}: expected a block before the last, {blocks}")
     rows = rows_from(args, tokenizer, "heldout")
     progress, found = Progress(len(rows), "rows"), []
     for number, example in enumerate(rows):

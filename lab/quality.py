@@ -489,8 +489,8 @@ def check_lengths(items, limit, new_tokens):
         read = len(item.prompt) + longest - 1       # the last token is not read
         need(read <= limit,
              f"row {number}: a prompt of {len(item.prompt):,} tokens and an answer of {longest:,} "
-             f"are more than this model's {limit:,} positions; choose a smaller --max-prompt or "
-             "fewer --shots")
+             f"are more than this model's {limit:,} positions; choose a smaller --max-prompt, "
+             "--max-response or --max-new-tokens, or fewer --shots")
 
 
 def read_items(args, tokenizer, metadata):

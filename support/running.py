@@ -53,6 +53,9 @@ class Run:
             self.done, self.log = load_state(self.state, predictors, optimizer, self.settings)
             going = f"; going on after step {self.done}"
         elif resume:
+            old = out.with_name("train_state.safetensors")
+            need(not old.is_file(), f"{old} is the state of an earlier version, with which no run "
+                                    "goes on: delete it, or start without --resume")
             going = f"; from the start, there is no {self.state}"
         need(first_number(self.done) == self.done,
              f"{self.state}: not every process finds the same training state there")

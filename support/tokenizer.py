@@ -2,7 +2,9 @@
 
 tokenizer.json is read by the optional package tokenizers. Without one of the two, sentencepiece
 reads tokenizer.model, and the text is first split at special and added tokens here. The ids are
-those of transformers 5, with one difference: a text never gets a second begin-of-text token.
+those of transformers 5, but for two things: a text never gets a second begin-of-text token, and a
+tokenizer.json that puts no space in front of a text is believed. tokenizer.model is read as
+tokenizer_config.json says; a tokenizer.json that says otherwise gives other ids.
 """
 import importlib.util
 import json
@@ -142,8 +144,10 @@ class FromJson:
 def open_tokenizers(file, settings):
     from tokenizers import Tokenizer as Fast
     raw = read_json(file) if settings.llama else None
+    text = json.dumps(raw)
+    puts_spaces = '"Prepend"' in text or '"Metaspace"' in text      # Yi's does not
     try:
-        if settings.llama and '"ByteLevel"' not in json.dumps(raw):
+        if puts_spaces and '"ByteLevel"' not in text:
             # What old files say of spaces no longer counts: tokenizer_config.json does.
             scheme = {"type": "Metaspace", "replacement": SPACE, "split": False,
                       "prepend_scheme": settings.spaces}

@@ -92,7 +92,7 @@ def test_a_bad_batch_is_refused(tiny, tokens):
         with pytest.raises(ValueError, match="lengths"):
             prefill(tiny, tokens, lengths=lengths)
     for prompts, new in (([], 3), ([[1], []], 3), ([[1]], 0)):
-        with pytest.raises(ValueError, match="no empty one"):
+        with pytest.raises(ValueError, match="no empty one|at least 1"):
             generate_batch(tiny, prompts, new)
     last_queries = attention_scorer(tiny, SCHEDULE, 16)
     with pytest.raises(ValueError, match="one length"):

@@ -57,6 +57,22 @@ def test_a_gradient_that_is_right_but_for_its_size():
     assert found["against"] == pytest.approx({"spearman": -1.0, "cosine": -1.0, "size": 1.0})
 
 
+def test_a_gradient_of_tiny_numbers_has_a_direction():
+    changes = 1e-12 * torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    assert compare({"ours": changes}, changes)["ours"]["cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--after", 12), "--after 12: expected a block before the last, 12"),
+    (("--data", "short"), "too few tokens may be dropped: choose a larger --min-prompt")])
+def test_bad_input_ends_in_one_line(leaves, tmp_path, words, message):
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"instruction": "Hi", "response": "Ho"}\n' * 20)
+    words = [short if word == "short" else word for word in words]
+    ended = leaves("lab/gradient.py", *words)
+    assert ended == f"gradient.py: {message}"
+
+
 @pytest.mark.beside
 def test_the_command_on_the_toy():
     code, out, err = command("-m", "lab.gradient", "--limit", 1, "--tokens", 4, "--json")

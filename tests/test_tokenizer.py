@@ -281,6 +281,22 @@ def test_both_files_of_llama_give_the_same_ids(spaces, legacy, tmp_path, monkeyp
     assert type(fast.inner) is not type(slow.inner)
 
 
+@needs("tokenizers")
+def test_a_tokenizer_json_that_puts_no_space_in_front_is_believed(tmp_path, monkeypatch):
+    """Yi's: its tokenizer.model puts none either."""
+    from tokenizers import normalizers
+    write(tmp_path, "Llama-2")
+    model = trained(dummy=False)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    made = converted(model, "prepend")
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**LLAMA, "legacy": False}))
+    fast, slow = Tokenizer(tmp_path), without_package(tmp_path, monkeypatch)
+    for text in PLAIN:
+        assert fast.encode(text) == slow.encode(text), text
+
+
 # --------------------------------------------------------------------------------- tokenizer.model
 
 

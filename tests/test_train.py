@@ -474,6 +474,14 @@ def test_resuming_from_nothing_is_said(tmp_path, capsys):
     assert f"from the start, there is no {state}" in capsys.readouterr().out
 
 
+def test_the_state_of_an_earlier_version_is_not_passed_over(tmp_path):
+    old = tmp_path / "train_state.safetensors"
+    old.touch()
+    with pytest.raises(ValueError, match="train_state.safetensors is the state of an earlier"):
+        short_run(tmp_path, 1, resume=True)
+    assert list(tmp_path.iterdir()) == [old]
+
+
 def test_resuming_another_run_is_refused(tmp_path):
     short_run(tmp_path, 1)
     for other in ({"steps": 2}, {"steps": 1, "lr": 0.1},
