@@ -91,7 +91,7 @@ make smollm2_tradeoff $ablations --table tradeoff --limit 120
 make smollm2_figures $ablations32 --table figures --rows 100 --limit 16 --png "$results/smollm2"
 make toy_gradient python -m lab.gradient
 make smollm2_gradient python -m lab.gradient --ckpt smollm2 --template chatml --context \
-    --data $data/dolly.jsonl --min-prompt 128 --max-prompt 200
+    --data $data/dolly.jsonl --min-prompt 128 --max-prompt 200 --limit 4 --tokens 30
 
 # Speed
 make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
