@@ -397,6 +397,20 @@ def variants(found, group=None):
             [[*variant(row), gain] for row, gain in zip(rows, against)])
 
 
+def gradients(toy, smollm2):
+    """Results of lab/gradient.py, a checkpoint after the other."""
+    head = ["gradient at a dropped token", "rank correlation with the change", "cosine",
+            "size beside the change"]
+    names = {"ours": "what seeing its key would change", "derivative": "the derivative at 0"}
+    rows = []
+    for where, found in (("toy", toy), ("SmolLM2", smollm2)):
+        for row in found["rows"]:
+            title = f"{where}, {row['n']} rows: {names[row['gradient']]}"
+            rows.append([title, f"{row['spearman']:.2f}", f"{row['cosine']:.2f}",
+                         f"{row['size']:.2g} times"])
+    return head, rows
+
+
 def keep_ratios(found):
     """Every scorer at several keep ratios: its share of the gap, likeliest first."""
     by = {(row["scorer"], row["keep"]): row for row in found["rows"]}
@@ -439,6 +453,8 @@ TABLES = {
     "speed_arms": Table(speed_arms, ("smollm2_speed_cpu",)),
     "speed_ratios": Table(speed_ratios, ("smollm2_speed_cpu",)),
     "losses": Table(variants, ("smollm2_losses",)),
+    "seeds": Table(variants, ("smollm2_seeds",)),
+    "gradient": Table(gradients, ("toy_gradient", "smollm2_gradient")),
     "targets": Table(variants, ("smollm2_targets",)),
     "keep": Table(keep_ratios, ("smollm2_tradeoff",)),
     "open": group("keep ratio"),
