@@ -393,6 +393,8 @@ def variants(found, group=None):
         error = row.get("vs_first_stderr", 0)       # the first is paired with itself
         gain = f"{100 * row['vs_first']:+.0f} ± {100 * error:.0f} points" if error else ""
         against.append(gain)
+    if not any(against):            # one variant alone
+        return head, [variant(row) for row in rows]
     return ([*head, "against the first variant (paired)"],
             [[*variant(row), gain] for row, gain in zip(rows, against)])
 

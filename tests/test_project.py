@@ -5,8 +5,8 @@
 import ast
 import io
 import re
-import subprocess
 import statistics
+import subprocess
 import sys
 import tokenize
 from itertools import chain

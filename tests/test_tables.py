@@ -185,6 +185,14 @@ def test_variants_stand_against_the_first():
     assert all(len(cells) == len(head) == 5 for cells in rows)
 
 
+def test_a_variant_alone_is_compared_with_none():
+    alone = row("a", vs_first=0.0, vs_first_stderr=0.0, trials=[0.1, -0.02], share_of_gap=0.04,
+                share_stderr=0.05)
+    head, rows = tables.variants({"rows": [row("full"), row("random"), alone]})
+    assert head[-1] == "share of the gap"
+    assert [cells[-1] for cells in rows] == ["0%", "4% ± 5% (10%, -2%)"]
+
+
 def test_a_group_leaves_out_the_ends_of_the_share():
     ours = {"share_of_gap": 0.3, "share_stderr": 0.04}
     found = {"rows": [row("full", group="one"), row("random", group="one"),
