@@ -21,6 +21,7 @@ from torch import nn
 from support.checkpoint import (PUBLISHED, choose_device, describe, fill_randomly, read_config,
                                 read_whole, shards, tensors)
 from support.files import need
+from support.linear import Linear
 from support.tokenizer import Tokenizer  # noqa: F401
 
 # The position of padding: after every real query, so none sees it.
@@ -225,8 +226,8 @@ class Block(nn.Module):
         self.c = c
         q_dim = c.n_heads * c.head_dim
         kv_dim = c.n_kv_heads * c.head_dim
-        biased = partial(nn.Linear, bias=c.qkv_bias)
-        plain = partial(nn.Linear, bias=False)
+        biased = partial(Linear, bias=c.qkv_bias)
+        plain = partial(Linear, bias=False)
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.q = biased(c.dim, q_dim)
@@ -285,7 +286,7 @@ class Llama(nn.Module):
         blocks = [Block(config) for _ in range(config.n_blocks)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab, bias=False)
+        self.head = Linear(config.dim, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 

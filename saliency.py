@@ -18,6 +18,7 @@ from support.data import IGNORE, response_labels
 from support.files import need
 from support.options import Progress, chosen_example, cli, print_json, rows_from
 from support.parsers import saliency_parser
+from support.recompute import recomputed
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
 
@@ -38,7 +39,7 @@ def mark(model, tokens, prompt_len, blocks, lengths=None):
     with torch.enable_grad():
         x = model.embed(tokens)                                     # (B, N, D)
         for i, block in enumerate(model.blocks, start=1):
-            x = block(x, rope)
+            x = recomputed(block, x, rope)
             if i == blocks[0]:
                 x = x.detach().requires_grad_()     # below the first stage no gradient is needed
             if i in blocks:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from model import beyond, causal_attention, masked_attention, positions
 from predictor import Predictor, gumbel_mask, mse_loss, ranking_loss, score, straight_through
@@ -33,6 +32,7 @@ from support.data import IGNORE, pad, prompt_notes, response_labels
 from support.files import need, output
 from support.options import cli, print_json, schedule_options
 from support.parsers import recipe_options, train_parser
+from support.recompute import recomputed
 from support.running import (Run, load_training, micro_batches, prompt_share, remembering,
                              stop_on_signals)
 
@@ -128,10 +128,7 @@ def masked_pass(model, predictors, batch, schedule, mask="topk", tau=1.0):
     pis, masks = [], [now]
     x = model.embed(tokens)                                     # (B, N, D)
     for i, block in enumerate(model.blocks, start=1):
-        if attend is causal_attention or tokens.shape[1] <= 512:
-            x = block(x, rope, attend)
-        else:                       # the N x N weights are recomputed in the backward pass
-            x = checkpoint(block, x, rope, attend, use_reentrant=False)
+        x = recomputed(block, x, rope, attend)      # of long rows no N x N weights are kept
         if i in after:
             stage = len(masks)                                  # from 1
             pi = predictors[stage - 1](x)                       # (B, N, 2)

@@ -12,8 +12,10 @@ from lab.scorers import make_scorer
 from model import RMSNorm, Rope, load, masked_attention, positions
 from predictor import Predictor, gumbel_mask, mse_loss, ranking_loss
 from prune import Schedule, predictor_scorer, prefill
-from saliency import REDUCE, mark, reduce_saliency
+from saliency import REDUCE, mark, reduce_saliency, saliency
+from support import recompute
 from support.data import Batch
+from support.linear import Linear, Product
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 HALF = [torch.bfloat16, torch.float16]
@@ -130,3 +132,32 @@ def test_a_real_model_ranks_its_tokens_alike_in_half_types():
             found = reduce_saliency(g, x)[0, :160]
             assert finite(found) and (found > 0).all()
             assert spearman(expected, found) > 0.98
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_product_of_half_types_is_that_of_fp32_rounded_once(dtype, bias):
+    """Forward and backward, whatever arithmetic this processor has."""
+    torch.manual_seed(0)
+    linear = Linear(48, 24, bias=bias).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 40, 48).to(dtype).requires_grad_()
+    y = Product.apply(x, linear.weight, linear.bias)
+    b = linear.bias.float() if bias else None
+    assert y.equal(F.linear(x.float(), linear.weight.float(), b).to(dtype))
+    g = torch.randn(y.shape).to(dtype)
+    found, = torch.autograd.grad(y, x, g)
+    assert found.equal((g.float() @ linear.weight.float()).to(dtype))
+    near = torch.finfo(dtype).eps * 8
+    plain = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(linear(x), plain, rtol=near, atol=near)
+    few = x[:1, :3].detach()
+    torch.testing.assert_close(linear(few), plain[:1, :3], rtol=near, atol=near)
+
+
+def test_a_long_rows_marking_pass_is_the_same_computed_again(monkeypatch):
+    """Where blocks are recomputed, gradients are bit for bit those of kept values."""
+    model = load("toy", dtype=torch.float32, device="cpu")
+    tokens = torch.arange(60)[None] % model.config.vocab
+    kept = saliency(model, tokens, 50, [2, 5, 9])
+    monkeypatch.setattr(recompute, "LONG", 8)
+    assert kept.equal(saliency(model, tokens, 50, [2, 5, 9]))
