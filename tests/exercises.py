@@ -7,18 +7,23 @@ of an example are shown as lists of numbers, rounded to four digits.
 These rules hold for all exercises:
 - Tensors are fp32 on the CPU unless the docstring says otherwise. So are the angles of rotary
   positions.
+- A result is what the docstring names: an int is no float, a tensor no list of tensors.
 - Inputs must not be changed in place.
 - Results may be off by 1e-5.
+- A call may take ten seconds. The right ones take some milliseconds.
 - You may import what Python and torch have.
-- The def, the docstring, comments and blank lines do not count as lines. Two statements in one
-  line count as two.
+- The lines of a function and of the helpers that it calls are counted, and said. The def, the
+  docstring, comments and blank lines do not count. Two statements in one line count as two, and a
+  statement of more than 100 columns counts as the lines that it needs. An answer over its budget
+  passes, but its line says so.
 
 Run them from the root of the repository:
 
     python -m pytest tests/test_exercises.py --impl student             # n/8, hints for what fails
     python -m pytest tests/test_exercises.py --impl student -k select   # one exercise
     python -m pytest tests/test_exercises.py --impl student --seed 7    # with other numbers
-    python -m pytest tests/test_exercises.py --impl student --puzzles   # the puzzles' scores too
+    python -m pytest tests/test_exercises.py --impl student --puzzles   # the puzzles' scores too,
+                                                                        # in some 20 seconds
 """
 import torch
 
@@ -64,7 +69,8 @@ def saliency(f, x, reduce):
                            Large terms of both signs cancel in the sum; the norm still sees them.
 
     The function is called under torch.no_grad(), as at inference: switch gradients on inside.
-    x may come with an x.grad of earlier work. That must not get into the result.
+    x may come with an x.grad of earlier work. That must not get into the result, and both
+    x.grad and x.requires_grad stay as they were.
 
     Four tokens. T is the sum of x squared, so g = 2 x; then T is the sum of x, so g = 1:
     >>> x = torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0], [1.0, -2.0]])
@@ -111,6 +117,7 @@ def select(score, pos, k, prompt_len, sink, local):
         - those at the last max(1, ceil(local * prompt_len - 1e-9)) positions of the prompt. This
           is a share of the whole prompt of prompt_len tokens, not of the n that are left;
         - those at a position of prompt_len or more: a response that follows the prompt.
+    Not every such position needs to have a token: what counts is pos, not the index.
     The best-scored of the others fill the rest up to k. Among equal scores the earlier token wins.
 
     Every row has the same number of protected tokens, and k is never below it. The 1e-9 keeps a
@@ -131,7 +138,8 @@ def masked_attention(q, k, v, keep):
     This is how training prunes, with the mask of DynamicViT.
 
     q, k, v (B, H, n, d); keep (B, n) holds 1.0 for kept and 0.0 for dropped tokens. Returns
-    (B, H, n, d), differentiable in keep.
+    (B, H, n, d), differentiable in keep, and in q and k too: a later block's depend on the mask of
+    an earlier one.
 
     The logits are a_ij = q_i . k_j / sqrt(d). Query i sees key j only where j <= i (causal). The
     mask is m_ij = keep_j where j != i, and the constant 1 where j = i, so every query sees itself.
@@ -180,7 +188,8 @@ def tokens_per_block(n, blocks, first, step, stages, keep, sink, local):
 def flops(c, counts, accounting):
     """7. What a prefill costs (Section 4.3, Table 2). At most 8 lines.
 
-    counts is a list: how many tokens enter each block. accounting is a str. Returns an int.
+    counts is a list of ints: how many tokens enter each block. accounting is a str. Returns an int,
+    not a float.
     c has the ints c.dim (D), c.n_heads (H), c.n_kv_heads (G), c.head_dim (d), c.ffn (F, the width
     of the SwiGLU) and c.vocab (V).
 
@@ -207,7 +216,7 @@ def flops(c, counts, accounting):
 
 
 def decode(states, N, blocks, caches, theta):
-    """8. Decode on ragged caches (Section 3.4). At most 18 lines.
+    """8. Decode on ragged caches (Section 3.4). At most 15 lines.
 
     `rotate` of exercise 1 does not count: you may call it.
 
@@ -226,8 +235,8 @@ def decode(states, N, blocks, caches, theta):
         k, v and the position join the end of the block's cache, and stay for the tokens to come
         p = softmax of (q . key) / sqrt(D) over the tokens in that cache, the new one among them
         x = x + Wo @ (sum of p * value)
-    Returns the T states that leave the last block, (T, D), and the L caches, in the same form, each
-    longer by T. The given caches stay as they are.
+    Returns a tuple: the T states that leave the last block, a tensor (T, D), and the L caches, in
+    the same form (a list of L tuples), each longer by T. The given caches stay as they are.
 
     The prompt has four tokens. Block 1 has cached all of them, block 2 the first and the last. Wq
     is 0, so p is uniform; Wv and Wo are the identity. Block 1 adds the mean of its five values,
@@ -253,8 +262,8 @@ def decode(states, N, blocks, caches, theta):
 # There is no right answer, only a score. All three prune the toy (checkpoints/toy: 12 blocks,
 # D 128) on its twenty held-out rows. In each row six sentences of about thirty-five say who sells
 # what. The NLL is per answer token; lower is better. Each puzzle has to run in a minute on one
-# core. Another --seed draws twenty fresh prompts of the same kind: what was tuned on the first
-# twenty shows itself there.
+# core; as given here all three together take some twenty seconds. Another --seed draws twenty fresh
+# prompts of the same kind: what was tuned on the first twenty shows itself there.
 
 
 def puzzle_schedule():
