@@ -17,19 +17,20 @@ from typing import NamedTuple
 
 import torch
 
-from model import KVCache, Tokenizer
+from model import KVCache
 from prune import UNPRUNED, extend, prefill
 from support.caches import compile_model, h2o, held_bytes
-from support.data import chosen_prompt
 from support.files import need
 from support.options import cli, hardware, print_json
 from support.parallel import agreed
 from support.parsers import check_inference, infer_parser
 from support.printing import BENCH_HEAD, print_bench
+from support.progress import Progress
+from support.prompts import encode_prompt
 from support.sampling import ends, finite, fitting, greedy, one_past, sampler
-from support.saved import load_pruning
-from support.timing import (bench_row, check_bench, check_measured, clock, medians, one_by_one,
-                            random_prompt, take_turns, timed_arms)
+from support.saved import load_pruning, read_pruning
+from support.timing import (SILENT, bench_row, check_bench, check_measured, clock, medians,
+                            one_by_one, random_prompt, take_turns, timed_arms)
 
 
 class Generation(NamedTuple):
@@ -53,7 +54,7 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, cache=KV
     """
     B, N = tokens.shape
     need(B == 1, f"generate reads one prompt, not {B}: see lab/batch.py")
-    end = one_past(model, N, max_new_tokens)
+    end = one_past(model.config, N, max_new_tokens)
     eos = ends(model, eos)
     start = clock(model.device)
     logits, caches, trace = prefill(model, tokens, schedule, scorer, end - N, cache)
@@ -79,7 +80,7 @@ def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, cache=KV
         kv_bytes=held_bytes(caches))
 
 
-def side_by_side(model, tokens, arms, new, **options):
+def side_by_side(model, tokens, arms, new, progress=SILENT, **options):
     """Arms {name: (schedule, scorer)} on one prompt (1, N) -> {name: Generation}.
 
     The first run of each arm says its text and is a warm-up. The times are medians over further
@@ -87,10 +88,11 @@ def side_by_side(model, tokens, arms, new, **options):
     """
     runs = {}
     for name, arm in arms.items():
+        progress.note(f"{name}: reading {tokens.shape[1]} tokens and answering")
         runs[name] = generate(model, tokens, new, *arm, **options)
     longest = max(len(run.tokens) for run in runs.values())
     timed = timed_arms(generate, model, tokens, arms, **options)
-    times = take_turns(model.device, timed, longest, repeats=4, warm_ups=1)
+    times = take_turns(model.device, timed, longest, 4, warm_ups=1, progress=progress)
     for name, run in runs.items():
         prefill_s, decode_s = medians(times[name])
         runs[name] = run._replace(prefill_s=prefill_s, decode_s=decode_s)
@@ -102,7 +104,7 @@ def both_arms(schedule, scorer):
     return {"full": (None, None), "sdtp": (schedule, scorer)}
 
 
-def bench(model, lengths, schedule, scorer, new=128, repeats=5, **options):
+def bench(model, lengths, schedule, scorer, new=128, repeats=5, progress=SILENT, **options):
     """Print Table 2's rows, measured on random tokens -> a list of dicts, see `bench_row`."""
     check_bench(model, lengths, new)
     print(f"{hardware(model.device)}, {model.dtype}; {new} new tokens; medians of {repeats} "
@@ -111,7 +113,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, **options):
 
     def measure(n):
         timed = timed_arms(generate, model, random_prompt(model, n), arms, **options)
-        times = take_turns(model.device, timed, new, repeats)
+        times = take_turns(model.device, timed, new, repeats, progress=progress)
         row = bench_row(model, n, schedule, times, new)
         print_bench(row)
         return row
@@ -124,26 +126,27 @@ def main():
     args = infer_parser(__doc__, SCORERS).parse_args()
     check_inference(args)
     torch.manual_seed(args.seed)
-    model, schedule, predictors, metadata = load_pruning(args)
+    pruning = read_pruning(args)    # what can be refused is refused before weights are read
+    prompt = None if args.bench else encode_prompt(args, pruning)
+    longest, default = (max(args.bench), 128) if args.bench else (len(prompt.ids), 48)
+    new = fitting(pruning.config, longest, args.max_new_tokens, default)
+    model, schedule, predictors, metadata = load_pruning(args, pruning)
     prior = metadata.get("prior", 0.0)
     scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, prior)
     scorer = agreed(scorer)         # with --tp: the first process decides for all
     options = compile_model(model, extend) if args.compile else {}
+    options["progress"] = Progress(quiet=args.quiet)
     if args.bench:
-        new = fitting(model, max(args.bench), args.max_new_tokens, 128)
         rows = bench(model, args.bench, schedule, scorer, new, args.repeats, **options)
         result = {"bench": rows}
     else:
-        tokenizer = Tokenizer(args.ckpt)
-        ids, expected = chosen_prompt(args, tokenizer, metadata)
-        tokens = torch.tensor([ids], device=model.device)
+        tokens = torch.tensor([prompt.ids], device=model.device)
         arms = both_arms(schedule, scorer)
         if args.h2o is not None:
             options["cache"] = h2o(args.h2o)
         pick = agreed(sampler(args.temperature))
-        new = fitting(model, len(ids), args.max_new_tokens, 48)
         runs = side_by_side(model, tokens, arms, new, pick=pick, **options)
-        result = show_arms(model, tokenizer, ids, runs, schedule, expected, args.html)
+        result = show_arms(model, prompt, runs, schedule, args.html)
     print_json(args, model, {"schedule": asdict(schedule), **result})
     if args.bench:
         check_measured(rows, args.bench)

@@ -22,6 +22,8 @@ from support.checkpoint import (PUBLISHED, choose_device, describe, fill_randoml
                                 read_whole, shards, tensors)
 from support.files import need
 from support.linear import Linear
+from support.memory import check_memory
+from support.rope import scaled
 from support.tokenizer import Tokenizer  # noqa: F401
 
 # The position of padding: after every real query, so none sees it.
@@ -42,11 +44,14 @@ class Config:
     vocab: int                              # V
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_llama3: Optional[tuple] = None     # factor, low, high, original positions: Llama.rope
+    rope_llama3: Optional[tuple] = None     # slow turns are slowed further: support/rope.py
+    rope_ramp: Optional[tuple] = None       # types linear and yarn: support/rope.py
     max_positions: int = 131072
     window: Optional[int] = None            # a query sees itself and window - 1 positions before
     tied: bool = False                      # the output head is the embedding
     qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False                   # q and k are normalised, each head by itself
     bos: Optional[int] = None
     eos: tuple = ()
 
@@ -228,12 +233,15 @@ class Block(nn.Module):
         kv_dim = c.n_kv_heads * c.head_dim
         biased = partial(Linear, bias=c.qkv_bias)
         plain = partial(Linear, bias=False)
+        norm = partial(RMSNorm, c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.q = biased(c.dim, q_dim)
         self.k = biased(c.dim, kv_dim)
         self.v = biased(c.dim, kv_dim)
-        self.o = plain(q_dim, c.dim)
+        self.q_norm = norm()
+        self.k_norm = norm()
+        self.o = Linear(q_dim, c.dim, bias=c.o_bias)
         self.gate = plain(c.dim, c.ffn)
         self.up = plain(c.dim, c.ffn)
         self.down = plain(c.ffn, c.dim)
@@ -252,8 +260,8 @@ class Block(nn.Module):
         k = self.k(h).unflatten(-1, heads)                          # (B, n, G, d)
         v = self.v(h).unflatten(-1, heads)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))      # (B, H or G, n, d)
-        q = rotate(q, rope.cos, rope.sin)
-        k = rotate(k, rope.cos, rope.sin)
+        q = rotate(self.q_norm(q), rope.cos, rope.sin)
+        k = rotate(self.k_norm(k), rope.cos, rope.sin)
         return q, k, v
 
     def feed_forward(self, x):
@@ -310,17 +318,14 @@ class Llama(nn.Module):
         self.check_positions(end)
         pair = torch.arange(0, c.head_dim, 2, device=pos.device)
         freq = 1.0 / c.rope_theta ** (pair.float() / c.head_dim)
-        if c.rope_llama3:           # fast turns stay, slow ones are divided by factor, others mix
-            factor, low, high, original = c.rope_llama3
-            turns = original * freq / (2 * math.pi)
-            blend = (turns - low) / (high - low)
-            blend = blend.clamp(0, 1)
-            freq = (1 - blend) * freq / factor + blend * freq
+        freq, size = scaled(freq, c.rope_llama3, c.rope_ramp)
         place = pos[:, None, :, None].float()
         angle = place * freq                                        # (B, 1, n, d/2)
         angle = torch.cat((angle, angle), dim=-1)
-        cos = angle.cos().to(self.dtype)
-        sin = angle.sin().to(self.dtype)
+        cos = size * angle.cos()
+        sin = size * angle.sin()
+        cos = cos.to(self.dtype)
+        sin = sin.to(self.dtype)
         window = c.window if c.window and end > c.window else None
         return Rope(pos, cos, sin, window)
 
@@ -342,6 +347,7 @@ HF_NAMES = {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }
 
@@ -367,6 +373,8 @@ def load(path, dtype=None, device=None, split=None):
     config = Config(**fields)
     with torch.device("meta"):      # shapes without memory: each tensor is put in place when read
         model = Llama(config)
+    if split is None:
+        check_memory(model, dtype, device, path)
     read = split(model) if split else read_whole    # split divides the model, returns its reader
     if root is None:
         return fill_randomly(model.to(dtype), device)

@@ -16,8 +16,9 @@ from model import Tokenizer, load, positions
 from support.checks import check_blocks
 from support.data import IGNORE, response_labels
 from support.files import need
-from support.options import Progress, chosen_example, cli, print_json, rows_from
+from support.options import chosen_rows, cli, print_json
 from support.parsers import saliency_parser
+from support.progress import counted
 from support.recompute import recomputed
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
@@ -97,13 +98,11 @@ def prompt_saliency(model, example, reduce):
 
 def mean_sparsity(model, rows, reduce):
     """Figure 2: the sparsity after every block, averaged over rows, a list of L."""
-    total = torch.zeros(len(model.blocks))
-    progress = Progress(len(rows), "rows")
+    found = []
     for example in rows:
         s = prompt_saliency(model, example, reduce)
-        total += sparsity(s).cpu()
-        progress.step()
-    mean = total / len(rows)
+        found.append(sparsity(s).cpu())
+    mean = torch.stack(found).mean(0)
     return mean.tolist()
 
 
@@ -111,14 +110,15 @@ def main():
     from lab.demo import show_figure1, show_figure2
     args = saliency_parser(__doc__, REDUCE).parse_args()
     tokenizer = Tokenizer(args.ckpt)
+    rows = chosen_rows(args, tokenizer)
     model = load(args.ckpt)
     if args.figure == 1:
-        example = chosen_example(args, tokenizer)
+        example = rows[0]
         s = prompt_saliency(model, example, args.reduce).cpu()
         result = show_figure1(s, tokenizer, example, args.png)
     else:
-        rows = rows_from(args, tokenizer, "heldout")
-        values = mean_sparsity(model, rows, args.reduce)
+        watched = counted(rows, "rows", args.quiet)
+        values = mean_sparsity(model, watched, args.reduce)
         result = show_figure2(values, args.ckpt, len(rows), args.png)
     print_json(args, model, result)
 

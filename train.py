@@ -5,8 +5,8 @@ backward, gives every stage its saliency (saliency.py). Pruning: at each stage t
 the tokens, and a mask hides the dropped ones from attention. The loss is cross entropy of the
 response + MSE + ranking (Eq. 8), optionally distillation.
 
-    python train.py                                         # the toy, from nothing, two minutes
-    python train.py --ckpt llama-7b --data dolly.jsonl      # two epochs; --mask gumbel: the paper's
+    python train.py                             # the toy, from nothing, two minutes
+    python train.py --ckpt llama-7b             # two epochs of Dolly; --mask gumbel: the paper's
 
 Shapes: B rows, N tokens (prompt and response), R = N - the shortest prompt, S stages, D hidden,
 V vocabulary.
@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,13 +27,15 @@ from predictor import Predictor, gumbel_mask, mse_loss, ranking_loss, score, str
 from prune import Schedule, candidates, select
 from saliency import mark, reduce_saliency
 from support import parallel
-from support.data import IGNORE, pad, prompt_notes, response_labels
+from support.data import IGNORE, pad, response_labels
 from support.files import need, output
 from support.options import cli, print_json, schedule_options
 from support.parsers import recipe_options, train_parser
+from support.places import PREDICTORS, trained_here
 from support.recompute import recomputed
-from support.running import (Run, load_training, micro_batches, prompt_share, remembering,
-                             stop_on_signals)
+from support.running import (Run, check_state, load_trained, micro_batches, next_command,
+                             prompt_share, read_training, remembering, stop_on_signals)
+from support.templates import prompt_notes
 
 
 @dataclass(frozen=True)
@@ -302,12 +303,13 @@ def main():
     defaults = asdict(Recipe()) | asdict(Loss())
     args = train_parser(__doc__, defaults).parse_args()
     begin = time.time()
-    model, rows, heldout, validation = load_training(args)
-    L = len(model.blocks)
-    schedule = replace(Schedule.scaled(L), **schedule_options(args))
+    config, rows, heldout, validation = read_training(args)
+    schedule = replace(Schedule.scaled(config.n_blocks), **schedule_options(args))
     weights, fields = recipe_options(args, len(rows))
     recipe = Recipe(weights=Loss(**weights), **fields)
-    out = output(args.out or f"out/{Path(args.ckpt).name}", "predictors.safetensors")
+    out = output(args.out or trained_here(args.ckpt), PREDICTORS)
+    check_state(out, args, recipe, config, rows)
+    model = load_trained(args)
     marker = remembering(marking) if args.hold else marking
     measure = partial(report, model, heldout, schedule, args.reduce)
     stop = stop_on_signals()
@@ -316,15 +318,16 @@ def main():
               report_every=args.report_every,
               save_every=args.save_every,
               resume=args.resume,
-              stop=stop,
+              stop=stop, quiet=args.quiet,
               notes=prompt_notes(args))
     if validation:
-        prior = calibrate(model, run.predictors, validation, run.schedule, stop=stop)
+        prior = calibrate(model, run.predictors, validation, run.schedule, stop=stop,
+                          quiet=args.quiet)
         run.save(recipe.steps, prior=prior)
     if args.png and parallel.rank() == 0:
         curve(run.log, args.png)
     seconds = time.time() - begin
-    print(f"wrote {out} after {seconds:.0f} s; use it with --predictors {out}")
+    print(f"wrote {out} after {seconds:.0f} s; next: {next_command(args)}")
     result = {"seconds": seconds, "out": str(out), "log": run.log}
     print_json(args, model, result)
 

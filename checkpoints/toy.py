@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Config, Llama, Tokenizer, hf_name  # noqa: E402
 from prune import UNPRUNED, extend, prefill  # noqa: E402
-from support.files import save_tensors  # noqa: E402
+from support.files import need, save_tensors  # noqa: E402
 from support.options import (  # noqa: E402
-    add_pruning_arguments, at_least, cli, command_parser, provenance)
+    add_json_argument, add_pruning_arguments, add_quiet_argument, at_least, cli, command_parser,
+    print_json)
+from support.progress import Progress, counted  # noqa: E402
 from support.sampling import finite, one_past  # noqa: E402
 from support.saved import load_pruning  # noqa: E402
 
@@ -166,8 +168,8 @@ def story_batch(rng, sp, level, tokens_per_batch=4096):
 class Course:
     """What is learned now: copying in two phases, stories level by level, then a cool-down."""
 
-    def __init__(self, cooldown):
-        self.cooldown = cooldown
+    def __init__(self, cooldown, quiet=False):
+        self.cooldown, self.progress = cooldown, Progress(quiet=quiet)
         self.phase = 0              # 0 and 1: copying; 2: stories
         self.level = 0
         self.right = 0.0            # running share of the asked words that are answered right
@@ -193,15 +195,18 @@ class Course:
             self.end = step + 1 + self.cooldown
 
     def report(self, step, loss, seconds):
-        """The line of progress after a step."""
+        """How far it is after a step; every hundredth is said on stdout."""
         if self.phase < 2:
             where = f"copying {self.phase}"
         else:
             length = LEVELS[self.level][0]
             where = f"level {self.level} ({length} tokens), words right {self.right:.1%}"
         left = f", {self.end - step - 1} steps left" if self.end else ""
-        print(f"\rstep {step + 1}  loss {loss:.3f}  {where}  {seconds:.0f} s{left}   ",
-              end="\n" if step % 100 == 99 else "", flush=True)
+        text = f"step {step + 1}  loss {loss:.3f}  {where}  {seconds:.0f} s{left}"
+        self.progress.note(text)
+        if step % 100 == 99:
+            self.progress.clear()
+            print(text, flush=True)
 
 
 def fresh_model(sp):
@@ -258,7 +263,7 @@ def learn(model, optimizers, rate, tokens, weight):
     return loss.item(), logits.argmax(-1)
 
 
-def pretrain(seed, max_steps, cooldown=400):
+def pretrain(seed, max_steps, cooldown=400, quiet=False):
     """Pretrain from nothing; returns the model."""
     sp = make_tokenizer(seed, HERE / "tokenizer.model")
     torch.manual_seed(seed)
@@ -268,7 +273,7 @@ def pretrain(seed, max_steps, cooldown=400):
     used = used_tokens(rng, sp)
     is_answer = torch.zeros(model.config.vocab, dtype=torch.bool)
     is_answer[[sp.encode(word)[0] for word in ADJECTIVES + THINGS]] = True
-    course = Course(cooldown)
+    course = Course(cooldown, quiet)
     start = time.time()
     for step in range(max_steps):
         level = course.level if rng.random() < 0.75 else rng.randint(0, course.level)
@@ -289,7 +294,8 @@ def pretrain(seed, max_steps, cooldown=400):
             course.report(step, loss, time.time() - start)
         if step + 1 == course.end:
             break
-    print(f"\npretrained in {(time.time() - start) / 60:.0f} minutes, {step + 1} steps")
+    course.progress.clear()
+    print(f"pretrained in {(time.time() - start) / 60:.0f} minutes, {step + 1} steps")
     return model
 
 
@@ -376,11 +382,11 @@ def examine(model, prompt, schedule, scorer):
     return torch.equal(said, tokens[:, prompt_len:]), len(set(alive) & set(asked))
 
 
-def measure(name, model, prompts, schedule, predictors):
+def measure(name, model, prompts, schedule, predictors, quiet=False):
     """One scorer on all prompts -> its row of the table."""
     from lab.scorers import make_scorer
     right = kept = 0
-    for i, prompt in enumerate(prompts, start=1):
+    for i, prompt in enumerate(counted(prompts, f"prompts, {name}", quiet), start=1):
         if name == "full":
             exact, alive = examine(model, prompt, UNPRUNED, None)
         else:
@@ -388,8 +394,6 @@ def measure(name, model, prompts, schedule, predictors):
             exact, alive = examine(model, prompt, schedule, scorer)
         right += exact
         kept += alive
-        if i % 20 == 0:
-            print(f"\r{name} {i}/{len(prompts)}", end="", file=sys.stderr, flush=True)
     n = len(prompts)
     share = right / n
     return {"scorer": name,
@@ -406,10 +410,10 @@ def evaluate(args):
     model, schedule, predictors, _ = load_pruning(args)
     tokenizer = Tokenizer(args.ckpt)
     rng = random.Random(args.seed + 1_000_000)
-    one_past(model, args.least, 1)
+    one_past(model.config, args.least, 1)
     prompts = [fresh_prompt(rng, tokenizer, args.least) for _ in range(args.eval)]
     for number, (tokens, n, _) in enumerate(prompts, start=1):
-        one_past(model, n, tokens.shape[1] - n, f"prompt {number} of {len(prompts)}: ")
+        one_past(model.config, n, tokens.shape[1] - n, f"prompt {number} of {len(prompts)}: ")
     lengths = [prompt_len for _, prompt_len, _ in prompts]
     print(f"{len(prompts)} fresh prompts of {min(lengths)} to {max(lengths)} tokens,"
           f" stages after blocks {schedule.after(len(model.blocks))},"
@@ -422,11 +426,10 @@ def evaluate(args):
     for name in ("full", *SCORERS):
         if name in left_out:
             continue
-        row = measure(name, model, prompts, schedule, predictors)
-        print(f"\r{name:12} {row['value']:13.1%} {row['fact_tokens_kept']:38.1%}", flush=True)
+        row = measure(name, model, prompts, schedule, predictors, args.quiet)
+        print(f"{name:12} {row['value']:13.1%} {row['fact_tokens_kept']:38.1%}", flush=True)
         rows.append(row)
-    if args.json:
-        print(json.dumps({**provenance(model), "schedule": asdict(schedule), "rows": rows}))
+    print_json(args, model, {"schedule": asdict(schedule), "rows": rows})
 
 
 def main():
@@ -440,15 +443,16 @@ def main():
                         help="do not pretrain; answer N fresh prompts")
     parser.add_argument("--least", type=int, default=400,
                         help="--eval: fewest tokens of a prompt")
-    parser.add_argument("--json", action="store_true",
-                        help="--eval: print the table as one JSON object on the last line")
+    add_quiet_argument(parser)
+    add_json_argument(parser)
     add_pruning_arguments(parser)
     args = parser.parse_args()
+    need(args.eval or not args.json, "--json goes with --eval")
     if args.eval:
         evaluate(args)
     else:
         HERE.mkdir(exist_ok=True)
-        write(pretrain(args.seed, args.max_steps), args.seed)
+        write(pretrain(args.seed, args.max_steps, quiet=args.quiet), args.seed)
         print(f"wrote {HERE}; now train its predictors: python train.py --out {HERE}")
 
 

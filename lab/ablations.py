@@ -18,7 +18,6 @@ What is trained and measured is kept under --work: the same command goes on wher
 Shapes: B = 1 row, N tokens, S stages; likelihoods are lists with a number for each row.
 """
 import argparse
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,12 +35,13 @@ from prune import Schedule, nll, predictor_scorer
 from saliency import saliency, sparsity
 from support.checkpoint import DTYPES
 from support.data import Example, digest
-from support.files import load_tensors, need, save_tensors
-from support.options import (Progress, add_data_arguments, add_json_argument,
-                             add_pruning_arguments, at_least, cli, command_parser, provenance,
-                             rows_from, schedule_options)
+from support.files import load_tensors, need, output, save_tensors
+from support.options import (add_data_arguments, add_json_argument, add_pruning_arguments,
+                             add_quiet_argument, at_least, cli, command_parser, picture_file,
+                             print_json, rows_from, schedule_options)
+from support.progress import counted
 from support.running import remembering
-from support.saved import load_predictors, load_pruning
+from support.saved import load_predictors, load_pruning, no_predictors, read_pruning
 from train import Loss, Recipe, fit, marking
 
 RANK = Loss(cls=0, mse=0)           # the ranking loss alone
@@ -108,11 +108,11 @@ RANDOM = Variant("random", random_scorer)       # the row's number is the seed
 class Study:
     """A frozen backbone, and what is trained and measured on it, kept in files under `work`.
 
-    epochs: passes of a training over its rows.
+    epochs: passes of a training over its rows; quiet: say nothing of how far it is.
     """
 
-    def __init__(self, model, work, epochs=2):
-        self.model, self.work, self.epochs = model, Path(work), epochs
+    def __init__(self, model, work, epochs=2, quiet=False):
+        self.model, self.work, self.epochs, self.quiet = model, Path(work), epochs, quiet
         self.backbone = digest(model.blocks[0], model.norm)
 
     def path(self, kind, *parts):
@@ -135,7 +135,8 @@ class Study:
         # what marks depend on besides their row
         key = recipe.reduce, bool(recipe.weights.distill), schedule
         marker = markers.setdefault(key, remembering(marking))
-        fit(self.model, rows, schedule, recipe, out, marker, report_every=10**6, resume=True)
+        fit(self.model, rows, schedule, recipe, out, marker, report_every=10**6, resume=True,
+            quiet=self.quiet)
         return load_predictors(out, self.model)[0]
 
     def likelihoods(self, rows, variant, schedule):
@@ -144,13 +145,12 @@ class Study:
         path = self.path("nll", variant.key, used, rows).with_suffix(".safetensors")
         if path.is_file():
             return load_tensors(path)[0]["nll"].tolist()
-        values, progress = [], Progress(len(rows), "rows")
-        for number, example in enumerate(rows):
+        values = []
+        for number, example in enumerate(counted(rows, "rows", self.quiet)):
             tokens = example.tokens[None].to(self.model.device)
             scorer = variant.scorer(number)
             losses = nll(self.model, tokens, example.prompt_len, schedule, scorer)
             values.append(losses.sum().item())
-            progress.step()
         tensor = torch.tensor(values, dtype=torch.float64)
         save_tensors(path, {"nll": tensor}, {"backbone": self.backbone})
         return values
@@ -346,7 +346,8 @@ def allocations(study, rows, heldout, schedule, predictors):
 
 def salient_shares(study, rows, schedule):
     """The share of salient tokens at every stage, as in Figure 2, a mean over rows: (S,)."""
-    marks = [study.saliency(e, schedule)[:, 0, :e.prompt_len] for e in rows]
+    marks = [study.saliency(e, schedule)[:, 0, :e.prompt_len]
+             for e in counted(rows, "rows", study.quiet)]
     return 1 - torch.stack([sparsity(s) for s in marks]).mean(0)
 
 
@@ -440,6 +441,7 @@ def options():
                         help="where what is trained and measured is kept")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", help="losses, seeds, "
                         "targets: of the trainings (default: 0); of several the mean counts")
+    add_quiet_argument(parser)
     add_json_argument(parser)
     return parser
 
@@ -451,14 +453,17 @@ def check_options(args):
     for name, (value, tables) in given.items():
         need(not value or args.table in tables,
              f"--table {args.table} does nothing with {name}: it is for {', '.join(tables)}")
+    if args.png:
+        picture_file(f"{args.png}_figure4.png")
+    output(args.work, "predictors.safetensors")     # --work can be written to
 
 
 def load_study(args):
     """-> model, schedule, the checkpoint's predictors and their prior, where the table uses any."""
     if args.table == "tradeoff":
-        model, schedule, predictors, metadata = load_pruning(args)
-        need(predictors is not None,
-             f"{args.ckpt} has no trained predictors: name them with --predictors")
+        pruning = read_pruning(args)
+        need(pruning.predictors is not None, no_predictors(args.ckpt))
+        model, schedule, predictors, metadata = load_pruning(args, pruning)
         return model, schedule, predictors, metadata.get("prior", 0.0)
     need(not args.predictors, f"--table {args.table} trains its own predictors: leave out "
                               "--predictors")
@@ -471,9 +476,9 @@ def main():
     args = options().parse_args()
     check_options(args)
     tokenizer, start = Tokenizer(args.ckpt), time.time()
-    model, schedule, predictors, prior = load_study(args)
-    study = Study(model, args.work, args.epochs)
     rows, heldout = splits(args, tokenizer)
+    model, schedule, predictors, prior = load_study(args)
+    study = Study(model, args.work, args.epochs, args.quiet)
     trains = args.table != "tradeoff"
     if not trains:
         found = tradeoff(study, heldout, schedule, predictors, prior)
@@ -487,11 +492,10 @@ def main():
         found = trained_variants(study, rows, heldout, schedule, names, seeds)
     if args.table == "figures" and args.png:
         draw(found, f"{args.ckpt}, {len(heldout)} rows", args.png)
-    if args.json:
-        print(json.dumps({**provenance(model), "ckpt": args.ckpt, "table": args.table,
-                          "seconds": time.time() - start, "schedule": asdict(schedule),
-                          "training_rows": len(rows) if trains else 0,
-                          "epochs": args.epochs if trains else 0, "rows": found}))
+    told = {"table": args.table, "seconds": time.time() - start, "schedule": asdict(schedule),
+            "training_rows": len(rows) if trains else 0, "epochs": args.epochs if trains else 0,
+            "rows": found}
+    print_json(args, model, told)
 
 
 if __name__ == "__main__":

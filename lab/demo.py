@@ -4,6 +4,7 @@ import sys
 
 from lab.figures import (dropped_at, figure1, figure2, heat_text, survivors_page, survivors_text)
 from prune import flops
+from support.prompts import SHORT
 
 
 def show_figure1(s, tokenizer, example, png):
@@ -25,12 +26,13 @@ def show_figure2(values, name, rows, png):
     return {"rows": rows, "sparsity": values}
 
 
-def show_arms(model, tokenizer, ids, runs, schedule, expected=None, html=None):
+def show_arms(model, prompt, runs, schedule, html=None):
     """Both arms' texts, times, FLOPs and bytes, and what was dropped -> a dict.
 
-    ids: the prompt's tokens; runs: {"full", "sdtp"} of infer.Generation; expected: the right
-    answer, where it is known; html: where to write the page of survivors.
+    prompt: a support.prompts.Prompt; runs: {"full", "sdtp"} of infer.Generation; html: where to
+    write the page of survivors.
     """
+    ids, expected, tokenizer = prompt
     n, trace = len(ids), runs["sdtp"].trace
     pieces, stage_of = [tokenizer.piece(t) for t in ids], dropped_at(trace, n)
     print(survivors_text(pieces, stage_of, len(trace), sys.stdout.isatty()) + "\n")
@@ -47,6 +49,9 @@ def show_arms(model, tokenizer, ids, runs, schedule, expected=None, html=None):
     print(f"\n{n} prompt tokens, {1 - sdtp['counts'][-1] / n:.0%} dropped by the last stage; "
           f"prefill {full['prefill_s'] / sdtp['prefill_s']:.2f}x as fast (ideal by FLOPs "
           f"{ideal:.2f}x), KV cache {1 - sdtp['kv_bytes'] / full['kv_bytes']:.0%} smaller")
+    if n < SHORT:
+        print(f"{n} prompt tokens are few: pruning pays from some {SHORT} on, and of a short "
+              "prompt it may drop what the answer needs")
     return {"prompt_tokens": n, "expected": expected, "stage_of": stage_of, "ideal": ideal,
             "full": full, "sdtp": sdtp}
 

@@ -13,13 +13,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
 from prune import protected
 from support.files import need
-from support.options import at_least, cli, command_parser
+from support.options import at_least, cli, command_parser, output_file
 
 
 # ------------------------------------------------------------------------- survivors of a prompt
@@ -36,6 +37,11 @@ def dropped_at(trace, n):
     return stage_of
 
 
+def colored(terminal):
+    """Whether to print colours: on a terminal, unless its user has set NO_COLOR."""
+    return terminal and not os.environ.get("NO_COLOR")
+
+
 def survivors_text(pieces, stage_of, stages, color):
     """The prompt in the terminal: survivors bold, dropped tokens from dark (first) to bright.
 
@@ -49,7 +55,7 @@ def survivors_text(pieces, stage_of, stages, color):
         return f"\x1b[38;5;{grey}m{text}\x1b[0m"
 
     legend = [f"stage {s}: {stage_of.count(s)}" for s in range(1, stages + 1)]
-    if color:
+    if colored(color):
         shown = [paint(piece, stage) for piece, stage in zip(pieces, stage_of)]
         legend = [paint(text, stage) for stage, text in enumerate(legend, start=1)]
     else:
@@ -158,7 +164,9 @@ def pyplot():
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")      # a token that the font cannot draw
+        figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def per_block(saliency):
@@ -168,6 +176,8 @@ def per_block(saliency):
 
 def heat_text(saliency, labels, color):
     """Figure 1 in the terminal: saliency (L, n), one line a token, one cell a block."""
+    color = colored(color)
+
     def cell(value):
         if color:
             return f"\x1b[48;5;{232 + round(23 * value ** 0.5)}m  \x1b[0m"
@@ -183,19 +193,39 @@ def heat_text(saliency, labels, color):
     return "\n".join(lines)
 
 
+def token_name(label, most=12):
+    """A token under its column: no blanks around it, and no formula of matplotlib's."""
+    name = label.strip() or repr(label)[1:-1]
+    name = name if len(name) <= most else name[:most - 1] + "\u2026"
+    return name.replace("$", "\\$")
+
+
 def figure1(saliency, labels, path):
-    """Saliency (L, n) of each prompt token at each block."""
-    plt = pyplot()
+    """Saliency (L, n) of each prompt token at each block, wrapped like a text."""
     blocks, n = saliency.shape
-    width, height = max(6, 0.16 * n), 1.5 + 0.16 * blocks
-    figure, ax = plt.subplots(figsize=(width, height))
-    edges = (-0.5, n - 0.5, blocks + 0.5, 0.5)
-    image = ax.imshow(per_block(saliency).cpu(), extent=edges, aspect="auto",
-                      cmap="viridis", vmin=0, vmax=1)
-    names = [label.strip() or repr(label)[1:-1] for label in labels]
-    ax.set_xticks(range(n), names, rotation=90, fontsize=6)
-    ax.set(ylabel="block", title="Saliency, normalised per block")
-    figure.colorbar(image, ax=ax, pad=0.01)
+    most = max(60, math.ceil(n / 40))           # tokens in a line; at most 40 lines
+    lines = math.ceil(n / most)
+    width = math.ceil(n / lines)
+    height, names = max(0.8, 0.07 * blocks), 0.85       # of a line and of its labels, in inches
+    top = 0.7                                           # the scale
+    total = top + lines * (height + names)
+    figure = pyplot().figure(figsize=(max(6, 0.17 * width), total))
+    shares = per_block(saliency).cpu().numpy()
+    for start in range(0, n, width):
+        part = shares[:, start:start + width]
+        end = start + part.shape[1]
+        ax = figure.add_axes((0, 1 - (top + height) / total, 1, height / total))
+        top += height + names
+        image = ax.imshow(part, extent=(start - 0.5, end - 0.5, blocks + 0.5, 0.5), aspect="auto",
+                          cmap="viridis", vmin=0, vmax=1)
+        ax.set_xlim(start - 0.5, start + width - 0.5)   # the last line may be shorter
+        ax.set_xticks(range(start, end), map(token_name, labels[start:end]), rotation=90,
+                      fontsize=7)
+        ax.locator_params(axis="y", integer=True)
+        ax.set(ylabel="block")
+    scale = figure.add_axes((0, 1 - 0.35 / total, 0.4, 0.15 / total))
+    figure.colorbar(image, cax=scale, orientation="horizontal")
+    scale.set_title("Saliency of each prompt token, normalised per block", loc="left", fontsize=10)
     save(figure, path)
 
 
@@ -330,7 +360,7 @@ def main():
     parser = command_parser(__doc__)
     parser.add_argument("page", help="a page of infer.py --html, with #STAGE or #STAGE.TOKEN "
                                      "after it if it is to open there")
-    parser.add_argument("png", help="the picture to write")
+    parser.add_argument("png", type=output_file, help="the picture to write")
     parser.add_argument("--size", type=at_least(1), nargs=2, default=(1200, 800),
                         metavar=("W", "H"), help="in pixels")
     parser.add_argument("--dark", action="store_true", help="in the dark colours")

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from lab.heldout import spearman
 from model import Tokenizer, load, masked_attention, positions, visible
 from prune import Schedule, candidates
+from support.checkpoint import shape_of
 from support.files import need
-from support.options import (Progress, add_data_arguments, add_json_argument, at_least, cli,
-                             command_parser, print_json, rows_from)
+from support.options import (add_data_arguments, add_json_argument, add_quiet_argument, at_least,
+                             cli, command_parser, print_json, rows_from)
 from support.parsers import CKPT_HELP
+from support.progress import counted
 
 
 def unbounded_attention(q, k, v, rope, mask):
@@ -99,17 +101,17 @@ def main():
                         help="the stage stands after this block")
     parser.add_argument("--tokens", type=at_least(2), default=60,
                         help="so many dropped tokens of a row are let in, one at a time")
+    add_quiet_argument(parser)
     add_json_argument(parser)
     args = parser.parse_args()
     tokenizer = Tokenizer(args.ckpt)
-    model = load(args.ckpt, torch.float64)
-    blocks = len(model.blocks)
+    blocks = shape_of(args.ckpt)["n_blocks"]
     need(args.after < blocks, f"--after {args.after}: expected a block before the last, {blocks}")
     rows = rows_from(args, tokenizer, "heldout")
-    progress, found = Progress(len(rows), "rows"), []
-    for number, example in enumerate(rows):
+    model = load(args.ckpt, torch.float64)
+    found = []
+    for number, example in enumerate(counted(rows, "rows", args.quiet)):
         found.append(compare(*measure(model, example, args.after, args.tokens, number)))
-        progress.step()
     print("gradient      rank correlation   cosine   size (geometric mean over rows)")
     table = []
     for name in found[0]:

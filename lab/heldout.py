@@ -2,7 +2,6 @@
 
 Shapes: B = 1 row, N tokens, S stages.
 """
-import sys
 from collections import Counter
 
 import torch
@@ -13,6 +12,7 @@ from predictor import score
 from prune import candidates, nll, predictor_scorer
 from saliency import mark, reduce_saliency
 from support.parallel import anyone
+from support.progress import Progress
 
 PRIORS = (0.0, 0.25, 0.5, 1.0, -0.25, -0.5)
 
@@ -60,22 +60,24 @@ def report(model, rows, schedule, reduce, predictors):
     return found | {name: value / count for name, value in total.items()}
 
 
-def calibrate(model, predictors, rows, schedule, priors=PRIORS, stop=()):
+def calibrate(model, predictors, rows, schedule, priors=PRIORS, stop=(), quiet=False):
     """Beyond the paper: the prior under which the pruned model finds these rows likeliest.
 
     Not the rows trained on: there the predictors know more than they will know later, and the
     prior comes out too small. stop: leaves the program after the row in which it is filled.
     """
-    found = {}
+    found, progress = {}, Progress(len(priors) * len(rows), "rows", quiet)
     for prior in priors:
         scorer, values = with_prior(predictor_scorer(predictors), prior), []
         for example in rows:
             tokens = example.tokens[None].to(model.device)
             values.append(nll(model, tokens, example.prompt_len, schedule, scorer).flatten())
+            progress.step(f"calibrating with prior {prior}")
             if anyone(bool(stop)):
-                sys.exit("stopped while calibrating: the predictors are saved; the same command "
-                         "with --resume calibrates them")
+                raise KeyboardInterrupt("stopped while calibrating: the predictors are saved; the "
+                                        "same command with --resume calibrates them")
         found[prior] = torch.cat(values).mean().item()
+        progress.clear()
         print(f"calibrating: prior {prior} gives NLL {found[prior]:.4f} on {len(rows)} validation "
               "rows", flush=True)
     return min(found, key=found.get)

@@ -4,7 +4,6 @@
 
 Shapes: N prompt tokens, L blocks, D hidden, V vocabulary, W devices.
 """
-import json
 from dataclasses import replace
 
 from model import FEED_FORWARD_CHUNK, SHAPES, Config
@@ -12,7 +11,7 @@ from prune import Schedule, flops, kv_bytes
 from support.checkpoint import find
 from support.files import need
 from support.options import (add_json_argument, add_schedule_arguments, at_least, cli,
-                             command_line, command_parser, schedule_options)
+                             command_parser, print_json, schedule_options)
 
 
 def block_bytes(config):
@@ -136,8 +135,7 @@ def main():
     print(HEAD)
     for row in rows:
         print_row(row)
-    if args.json:
-        print(json.dumps({"command": command_line(), "shape": args.shape, "rows": rows}))
+    print_json(args, None, {"rows": rows})
 
 
 if __name__ == "__main__":

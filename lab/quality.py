@@ -60,14 +60,16 @@ from model import KVCache, Llama, Tokenizer, positions
 from prune import UNPRUNED, Schedule, extend, prefill, select
 from saliency import REDUCE, saliency
 from support.caches import NO_WINDOW, H2OCache, h2o
-from support.data import chosen_template, digest, parse_row
+from support.data import digest, parse_row
 from support.files import need
-from support.options import (Progress, add_data_arguments, add_json_argument,
-                             add_pruning_arguments, add_tp_argument, at_least, cli, command_parser,
-                             provenance, rows_from)
+from support.options import (add_data_arguments, add_json_argument, add_pruning_arguments,
+                             add_quiet_argument, add_tp_argument, at_least, cli, command_parser,
+                             print_json, rows_file, rows_from)
 from support.parallel import agreed, first_number, rank
+from support.progress import Progress
 from support.sampling import finite
-from support.saved import load_pruning
+from support.saved import load_pruning, read_pruning
+from support.templates import chosen_template
 from support.timing import clock
 
 # -------------------------------------------------------------------------------------------- arms
@@ -278,7 +280,7 @@ def measure_words(setup, item, text, used, spent):
 # ------------------------------------------------------------------------------- rows, one by one
 
 
-def measure_rows(setup, items, names, log, run):
+def measure_rows(setup, items, names, log, run, quiet=False):
     """`measure` for every item -> a list of its dicts; the row's number is the seed.
 
     Each row is appended to the file `log` at once, and rows found there are not measured again.
@@ -288,9 +290,10 @@ def measure_rows(setup, items, names, log, run):
     done = [] if rank() else stored_rows(log, run)
     had = first_number(len(done))
     done = done or [None] * had
+    progress = Progress(len(items), "rows", quiet, first=had)
     if had < len(items):
+        progress.note("warming up")
         measure(setup, items[had], names[:2], had)      # a warm-up: rows are also timed
-    progress = Progress(len(items) - had, "rows")
     path = Path(os.devnull) if rank() else log
     with path.open("a", encoding="utf-8") as f:
         for number in range(had, len(items)):
@@ -298,6 +301,7 @@ def measure_rows(setup, items, names, log, run):
             f.write(json.dumps({"row": number, **done[-1]}) + "\n")
             f.flush()
             progress.step()
+    progress.clear()
     return done
 
 
@@ -465,9 +469,11 @@ def options():
     parser.add_argument("--rouge", action="store_true",
                         help="task long: ROUGE-L instead of F1 (for summaries)")
     parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
-    parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far "
-                        "(default: a file under out/quality/ named after the command)")
+    parser.add_argument("--rows-file", metavar="FILE", type=rows_file,
+                        help="JSONL of the rows measured so far (default: a file under "
+                        "out/quality/ named after the command)")
     add_tp_argument(parser)
+    add_quiet_argument(parser)
     add_json_argument(parser)
     return parser
 
@@ -500,7 +506,7 @@ def read_items(args, tokenizer, metadata):
     if args.task == "text":
         return text_items(tokenizer, args.data, args.max_prompt, args.max_response, args.limit)
     if args.task == "long":
-        template, system = chosen_template(args, metadata)
+        template, system, _ = chosen_template(args, metadata)
         return long_items(tokenizer, args.data, template, args.min_prompt, args.max_prompt,
                           args.max_response, args.question, args.limit, system)
     return choice_items(tokenizer, args.data, args.task, args.limit, args.shots, args.seed)
@@ -519,7 +525,7 @@ def identity(args, arms, setup, first):
     """
     model = setup.model
     given = {name: value for name, value in vars(args).items()
-             if name not in ("rows_file", "json", "limit")}
+             if name not in ("rows_file", "json", "limit", "quiet")}
     depends = [model.blocks[0], model.norm, first]
     if setup.predictors is not None:
         depends.append(setup.predictors)
@@ -552,32 +558,34 @@ def main():
     args = options().parse_args()
     check_task(args)
     tokenizer = Tokenizer(args.ckpt)
-    model, schedule, predictors, metadata = load_pruning(args)
-    prior = metadata.get("prior", 0.0)
-    arms = args.scorers or default_arms(args.task, predictors is not None, prior, args.tp)
+    pruning = read_pruning(args)        # what can be refused is refused before weights are read
+    prior = pruning.metadata.get("prior", 0.0)
+    trained = pruning.predictors is not None
+    arms = args.scorers or default_arms(args.task, trained, prior, args.tp)
     for name in arms:
         parse_arm(name, 1, args.h2o)
-    items = read_items(args, tokenizer, metadata)
+    items = read_items(args, tokenizer, pruning.metadata)
     lengths = [len(item.prompt) for item in items]
     new_tokens = args.max_new_tokens if args.task == "long" else 0
-    check_lengths(items, model.config.max_positions, new_tokens)
+    check_lengths(items, pruning.config.max_positions, new_tokens)
+    print(pruning.said(args))
+    model, schedule, predictors, _ = load_pruning(args, pruning)
     setup = Setup(model, schedule, predictors, prior, args.h2o, new_tokens, tokenizer,
                   score=rouge_l() if args.rouge else f1)
     check_window(setup, items, arms)
     describe(args, setup, lengths)
     start, run = time.time(), identity(args, arms, setup, items[0])
     log = Path(args.rows_file or Path("out", "quality", f"{args.task}-{digest(run)}.jsonl"))
-    done = measure_rows(setup, items, arms, log, run)
+    done = measure_rows(setup, items, arms, log, run, args.quiet)
     if rank():
         return
     rows = table(done[:len(items)], arms, args.task, items, "rouge_l" if args.rouge else "f1")
     show(rows)
-    if args.json:
-        mean = sum(lengths) / len(lengths)
-        print(json.dumps({**provenance(model), "ckpt": args.ckpt, "task": args.task,
-                          "data": args.data and Path(args.data).name,
-                          "seconds": time.time() - start, "schedule": asdict(schedule),
-                          "prompt_tokens": [min(lengths), mean, max(lengths)], "rows": rows}))
+    mean = sum(lengths) / len(lengths)
+    told = {"task": args.task, "data": args.data and Path(args.data).name,
+            "seconds": time.time() - start, "schedule": asdict(schedule),
+            "prompt_tokens": [min(lengths), mean, max(lengths)], "rows": rows}
+    print_json(args, model, told)
 
 
 if __name__ == "__main__":

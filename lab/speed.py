@@ -24,11 +24,12 @@ from model import hf_name, positions
 from prune import UNPRUNED, drop, extend, kv_bytes, prefill, select
 from support.caches import compile_model
 from support.files import need
-from support.options import (add_json_argument, add_pruning_arguments, at_least, cli,
-                             command_parser, hardware, print_json)
+from support.options import (add_json_argument, add_pruning_arguments, add_quiet_argument,
+                             at_least, cli, command_parser, hardware, picture_file, print_json)
 from support.printing import gigabytes
+from support.progress import Progress
 from support.sampling import fitting
-from support.saved import load_pruning
+from support.saved import load_pruning, read_pruning
 from support.timing import (bench_row, check_bench, check_measured, clock, one_by_one,
                             random_prompt, take_turns, timed_arms)
 
@@ -179,8 +180,10 @@ def as_transformers(model):
         import transformers
     except ImportError:
         raise ImportError("--vs transformers needs it: pip install transformers") from None
-    need(not model.config.qkv_bias and not model.config.window,
-         "--vs transformers: biases on q, k and v, and sliding windows, are not compared")
+    c = model.config
+    need(not (c.qkv_bias or c.o_bias or c.qk_norm or c.window or c.rope_ramp),
+         "--vs transformers: biases, norms of q and k, sliding windows, and rope types linear and "
+         "yarn are not compared")
     config = transformers_config(transformers, model.config)
     default = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
@@ -250,7 +253,8 @@ def print_row(row):
         print(line, flush=True)
 
 
-def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **options):
+def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, quiet=False,
+          **options):
     """Table 2 -> a dict for each prompt length: that of `bench_row`, and the floors.
 
     vs: "transformers" for a third arm, as it comes. options: those of infer.generate. FLOPs and
@@ -258,7 +262,10 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **optio
     """
     check_bench(model, lengths, new)
     theirs = as_transformers(model) if vs else None
+    progress = Progress(quiet=quiet)
+    progress.note("measuring what the device can do at best")
     best = ceilings(model.device, model.dtype)
+    progress.clear()
     print(f"{hardware(model.device)}, {dtype_name(model)}; measured ceilings: matmul "
           f"{best.flops_s / 1e12:.3g} TFLOP/s, copy {best.bytes_s / 1e9:.3g} GB/s\n"
           f"{new} new tokens; every time the median of {repeats} in turn with the other arms "
@@ -270,13 +277,15 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, **optio
         arms = timed_arms(generate, model, tokens, both, **options)
         if vs:
             arms["transformers"] = partial(run_transformers, theirs, tokens)
-        times = take_turns(model.device, arms, new, repeats)
+        times = take_turns(model.device, arms, new, repeats, progress=progress)
+        progress.note("timing the stages alone")
         row = bench_row(model, n, schedule, times, new)
         add_floors(row, model, schedule, new, best)
         row["pruning_s"] = pruning_seconds(model, tokens, schedule, scorer, repeats)
         row["pruning_share"] = row["pruning_s"] / row["sdtp"]["prefill_s"]
         if vs:
             row["vs"] = against(row, model, theirs, tokens)
+        progress.clear()
         print_row(row)
         return row
     return one_by_one(lengths, measure)
@@ -310,9 +319,10 @@ def speed_parser():
                         "decode in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--profile", action="store_true",
                         help="then say which operators take the time, at the longest prompt")
-    parser.add_argument("--png", metavar="FILE",
+    parser.add_argument("--png", metavar="FILE", type=picture_file,
                         help="draw cost against length (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0)
+    add_quiet_argument(parser)
     add_json_argument(parser)
     return parser
 
@@ -320,13 +330,16 @@ def speed_parser():
 def main():
     args = speed_parser().parse_args()
     torch.manual_seed(args.seed)
-    model, schedule, predictors, metadata = load_pruning(args)
+    pruning = read_pruning(args)
+    limit = pruning.config.max_positions
+    lengths = args.lengths or usual_lengths(limit, args.max_new_tokens)
+    new = fitting(pruning.config, max(lengths), args.max_new_tokens, NEW)
+    model, schedule, predictors, metadata = load_pruning(args, pruning)
     prior = metadata.get("prior", 0.0)
     scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, prior)
     options = compile_model(model, extend) if args.compile else {}
-    lengths = args.lengths or usual_lengths(model.config.max_positions, args.max_new_tokens)
-    new = fitting(model, max(lengths), args.max_new_tokens, NEW)
-    rows = bench(model, lengths, schedule, scorer, new, args.repeats, args.vs, **options)
+    rows = bench(model, lengths, schedule, scorer, new, args.repeats, args.vs, args.quiet,
+                 **options)
     result = {"schedule": asdict(schedule), "bench": rows}
     if args.compile:                # many more than the parts of a block would be a recompile storm
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]

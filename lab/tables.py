@@ -17,7 +17,7 @@ from lab.figures import curve, tradeoff
 from lab.plan import plan
 from model import SHAPES
 from prune import Schedule, flops_row
-from support.checkpoint import ROOT
+from support.places import ROOT
 from support.files import need, read_json
 from support.options import cli, command_parser
 

@@ -13,8 +13,9 @@ from collections import Counter
 from os.path import commonprefix
 from typing import NamedTuple
 
-from support.data import encode_row, prompt_text, read_rows, tell_losses
+from support.data import encode_row, read_rows, tell_losses
 from support.files import blame, need
+from support.templates import prompt_text
 
 CHOICE = ("copa", "piqa", "winogrande", "boolq", "choice")
 SUMMARISE = "Summarise the following text in a few sentences."

@@ -18,13 +18,13 @@ wanted() {  # wanted FILE NAME: is the file missing, and the name asked for?
     [[ ! -e $1 && ($only == "  " || $only == *" $2 "*) ]]
 }
 
-make() {    # make NAME COMMAND...: the JSON on the command's last line becomes $results/NAME.json
+make() {    # make NAME COMMAND...: its JSON becomes $results/NAME.json, its text out/NAME.log
     local name=$1
     shift
     wanted "$results/$name.json" "$name" || return 0
     echo "== $name: $*"
-    "$@" --json | tee "out/$name.log"
-    tail -n 1 "out/$name.log" | python -m json.tool --indent 1 > "out/$name.json"
+    { "$@" --json 2>&1 >&3 | tee "out/$name.log"; } 3> "out/$name.line"
+    python -m json.tool --indent 1 "out/$name.line" "out/$name.json"
     mv "out/$name.json" "$results/$name.json"
 }
 

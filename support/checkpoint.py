@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 
 from support.files import need, read_json
+from support.places import ROOT, find, only_unsafe, unsafe  # noqa: F401
+from support.rope import EVERY_PAIR, yarn_ends, yarn_size
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ORIGINAL = "original_max_position_embeddings"
 # A model that sets one of these otherwise computes something that Block does not.
 PLAIN = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
-BIASES = {"mlp_bias": False, "attention_bias": False}   # Llama alone reads these
+OF_LLAMA = {"mlp_bias": False}      # the others do not read it
 # What a config.json may leave out, as transformers' configuration classes have it. The sizes that
 # the weights take their shapes from have to be there: a default would be those of another model.
 DEFAULTS = {
@@ -22,6 +25,8 @@ DEFAULTS = {
     "mistral": {"max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2,
                 "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32,
+              "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128,
               "sliding_window": 4096, "max_window_layers": 28},
 }
 
@@ -50,7 +55,9 @@ def describe(path):
     name = str(path)
     if not name.startswith("random:"):
         root = find(path)
-        return root, read_config(root / "config.json")
+        fields = read_config(root / "config.json")
+        shards(root)                # all are there
+        return root, fields
     name = name.removeprefix("random:")
     need(name in PUBLISHED, f"unknown shape {name!r}; there are {', '.join(PUBLISHED)}")
     return None, PUBLISHED[name]
@@ -60,19 +67,6 @@ def shape_of(name):
     """The fields of model.Config: of a published shape, or of a checkpoint directory."""
     name = str(name)
     return PUBLISHED.get(name.removeprefix("random:")) or read_config(find(name) / "config.json")
-
-
-def find(path):
-    """A checkpoint directory, looked for as given and then under checkpoints/."""
-    need(not str(path).startswith("random:"),
-         f"{path}: random weights are for timings (infer.py --bench, lab.speed) and have no "
-         "tokenizer: name a checkpoint directory here")
-    for place in (Path(path), ROOT / "checkpoints" / path):
-        if (place / "config.json").is_file():
-            return place
-    raise FileNotFoundError(f"no checkpoint {str(path)!r}: expected a directory with config.json, "
-                            "as given or under checkpoints/ (README.md says how to get one; "
-                            "random:llama-7b, random:mistral-7b, random:llama-3-8b need none)")
 
 
 def choose_device(device=None):
@@ -99,13 +93,17 @@ def read_config(path):
     need(family in FAMILIES,
          f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
     raw = DEFAULTS[family] | raw
-    plain = PLAIN | (BIASES if family == "llama" else {})
+    plain = PLAIN | (OF_LLAMA if family == "llama" else {})
     for name, known in plain.items():
         value = raw.get(name)
         need(value is None or value == known, f"{path}: {name} = {value!r} is not supported")
-    return {**read_shape(path, raw), **read_rope(path, raw), **read_ends(path, raw),
+    shape = read_shape(path, raw)
+    biased = family in ("llama", "qwen3") and switch(path, raw, "attention_bias")
+    return {**shape, **read_rope(path, raw, shape), **read_ends(path, raw),
             "tied": switch(path, raw, "tie_word_embeddings"),
-            "qkv_bias": family == "qwen2",
+            "qkv_bias": biased or family == "qwen2",
+            "o_bias": biased,
+            "qk_norm": family == "qwen3",
             "norm_eps": positive(path, raw, "rms_norm_eps", 1e-6),
             "window": None if family == "llama" else read_window(path, raw)}
 
@@ -129,35 +127,67 @@ def read_shape(path, raw):
             "max_positions": whole(path, raw, "max_position_embeddings", largest=2**31)}
 
 
-def read_rope(path, raw):
-    """The base of the rotary positions; from Llama 3.1 on, how slow turns are slowed further."""
+def read_rope(path, raw, shape):
+    """The base of the rotary positions, how slow turns are slowed further, the positions then."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     need(isinstance(rope, dict), f"{path}: the rope settings are {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    need(kind in ("default", "llama3"),
-         f"{path}: rope type {kind!r} is not supported (default, llama3)")
+    need(kind in ROPE_TYPES,
+         f"{path}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
     need(rope.get("partial_rotary_factor", 1.0) == 1.0,
          f"{path}: partial_rotary_factor is not supported")
-    llama3 = None
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor",
-                 "original_max_position_embeddings")
-        llama3 = tuple(positive(path, rope, name) for name in names)
-        need(llama3[2] > llama3[1], f"{path}: high_freq_factor must be above low_freq_factor")
     theta = positive(path, rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
-    return {"rope_theta": theta, "rope_llama3": llama3}
+    if raw.get(ORIGINAL) is not None:           # beside the rope settings it counts before theirs
+        rope = {**rope, ORIGINAL: raw[ORIGINAL]}
+    found = {"rope_theta": theta, "rope_llama3": None, "rope_ramp": None}
+    if kind == "llama3":
+        found["rope_llama3"] = read_llama3(path, rope)
+    limit = original = shape["max_positions"]
+    if kind == "linear":
+        found["rope_ramp"] = (positive(path, rope, "factor"), *EVERY_PAIR, 1.0)
+    if kind == "yarn":
+        original = whole(path, rope, ORIGINAL, limit, largest=2**31)
+        found["rope_ramp"] = read_yarn(path, rope, shape, theta, original)
+    if found["rope_ramp"]:          # max_position_embeddings is the old limit, or the new one
+        reach = found["rope_ramp"][0] * original
+        found["max_positions"] = max(limit, int(min(reach, 2**31)))
+    return found
+
+
+def read_llama3(path, rope):
+    """The fields of Llama 3.1's rotary positions."""
+    names = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+    llama3 = tuple(positive(path, rope, name) for name in names)
+    need(llama3[2] > llama3[1], f"{path}: high_freq_factor must be above low_freq_factor")
+    return llama3
+
+
+def read_yarn(path, rope, shape, theta, original):
+    """YaRN's ramp. A factor that is given counts, whatever max_position_embeddings says."""
+    need(theta > 1, f"{path}: rope_theta is {theta}, yarn needs more than 1")
+    factor, size = rope.get("factor", 0), rope.get("attention_factor")
+    factor = shape["max_positions"] / original if factor is None else positive(path, rope, "factor")
+    weights = []
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        weights = [positive(path, rope, name) for name in ("mscale", "mscale_all_dim")]
+    size = yarn_size(factor, *weights) if size is None else positive(path, rope, "attention_factor")
+    fast, slow = (positive(path, {name: rope.get(name) or turns}, name)
+                  for name, turns in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    truncate = switch(path, {"truncate": True, **rope}, "truncate")
+    ends = yarn_ends(shape["head_dim"], theta, original, fast, slow, truncate)
+    return factor, *ends, size
 
 
 def read_window(path, raw):
-    """The sliding window that all blocks of a Mistral or Qwen2 have; None where no block has one.
+    """The sliding window that all blocks of a Mistral or Qwen have; None where no block has one.
 
-    Mistral's first version has one without saying so; a Qwen2 has one only where it says so, in
+    Mistral's first version has one without saying so; a Qwen has one only where it says so, in
     the blocks from max_window_layers on. layer_types names the kind of every block instead.
     """
     window, blocks, first = raw.get("sliding_window"), raw["num_hidden_layers"], 0
     need(window is None or type(window) is int and window > 0,
          f"{path}: sliding_window is {window!r}")
-    if raw["model_type"] == "qwen2":
+    if raw["model_type"] in ("qwen2", "qwen3"):
         window = window if switch(path, raw, "use_sliding_window") else None
         first = raw["max_window_layers"]
         need(type(first) is int, f"{path}: max_window_layers is {first!r}")
@@ -225,7 +255,7 @@ def whole(path, raw, name, default=None, largest=2**24):
 def positive(path, raw, name, default=None):
     """A field that is a positive number."""
     value = raw.get(name, default)
-    need(type(value) in (int, float) and 0 < value < 1e30,
+    need(type(value) in (int, float) and 1e-30 < value < 1e30,
          f"{path}: {name} is {value!r}, expected a positive number")
     return float(value)
 
@@ -238,8 +268,12 @@ def shards(root):
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
     if single.is_file():
         return [single], single
-    need(index.is_file(),
-         f"{root}: neither model.safetensors nor model.safetensors.index.json is there")
+    if not index.is_file():
+        need(not only_unsafe(root), unsafe(root))
+        some = sorted(file.name for file in root.glob("*.safetensors"))
+        found = f"only {listed(some)}" if some else "no weights"
+        raise ValueError(f"{root}: {found}, neither model.safetensors nor "
+                         "model.safetensors.index.json: get the whole checkpoint")
     raw = read_json(index)
     places = raw.get("weight_map") if isinstance(raw, dict) else None
     need(isinstance(places, dict) and places and all(type(p) is str for p in places.values()),
@@ -248,7 +282,15 @@ def shards(root):
     for name in names:              # a path could lead anywhere on this disk
         need(Path(name).name == name and name not in ("", ".", ".."),
              f"{index}: shard {name!r} is not a plain file name inside {root}")
+    missing = [name for name in names if not (root / name).is_file()]
+    need(not missing, f"{index}: of {len(names)} shards {len(missing)} are missing: "
+                      f"{listed(missing)}")
     return [root / name for name in names], index
+
+
+def listed(names, most=3):
+    """Names as text, the first few of many."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def read_whole(parameter, stored):
@@ -292,7 +334,6 @@ def tensors(root, shapes, tied=False, device="cpu"):
 def open_shard(file, device):
     """Yields (name, stored) for every tensor of a safetensors file."""
     from safetensors import SafetensorError, safe_open
-    need(file.is_file(), f"{file}: this shard is missing")
     try:
         with safe_open(file, framework="pt", device=str(device)) as f:
             for name in f.keys():

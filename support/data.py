@@ -8,63 +8,18 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
 from model import per_row, positions
-from support.checkpoint import find
 from support.files import blame, need
 from support.parallel import rank
+from support.templates import prompt_text
 
-
-class Template(NamedTuple):
-    """How a model's own chat template writes a prompt: a text goes into {}, the answer follows.
-
-    inside: the system text stands in the user's turn, before the user's text; else it has a turn
-    of its own. strips: white space around what goes into a turn is left out.
-    """
-    user: str
-    system: Optional[str] = None            # None: there is no place for a system text
-    default_system: Optional[str] = None    # the system text where none is asked for
-    inside: bool = False
-    strips: bool = False
-
-    def turn(self, form, text):
-        return form.replace("{}", text.strip() if self.strips else text)
-
-
-CHATML = Template(user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-                  system="<|im_start|>system\n{}<|im_end|>\n")
-LLAMA3 = Template(user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-                       "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                  system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-                  strips=True)
-# Begin-of-text is not in them: Tokenizer.encode puts it in front, where the model has it.
-TEMPLATES = {
-    "plain": Template("{}"),
-    "chatml": CHATML,
-    "smollm2": CHATML._replace(
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-    "qwen2": CHATML._replace(default_system="You are a helpful assistant."),
-    "qwen2.5": CHATML._replace(default_system="You are Qwen, created by Alibaba Cloud. "
-                                              "You are a helpful assistant."),
-    "llama-2": Template("[INST] {} [/INST]", "<<SYS>>\n{}\n<</SYS>>\n\n", inside=True, strips=True),
-    "llama-3": LLAMA3,
-    # 3.1 and 3.3 have a system turn even without a system text; in 3.2 the day is today's
-    "llama-3.1": LLAMA3._replace(
-        system="<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
-               "December 2023\nToday Date: 26 Jul 2024\n\n{}<|eot_id|>",
-        default_system=""),
-    # 0.1, 0.2 and Mixtral; the space before the first [ is the tokenizer's
-    "mistral": Template("[INST] {} [/INST]", "{}\n\n", inside=True),
-    "mistral-v3": Template("[INST] {}[/INST]", "{}\n\n", inside=True),
-}
 # Characters in a part of a prompt: more than any context holds, and tokenizing them may take
 # gigabytes.
 MAX_TEXT = 10**6
-
-
 IGNORE = -100       # a label that is not to be predicted
 
 
@@ -155,47 +110,6 @@ def parse_row(line, where, fields):
 # ---------------------------------------------------------------------------------------- encoding
 
 
-def prompt_text(row, template="plain", question="first", system=None):
-    """The prompt of a row: the template around instruction, blank line, context.
-
-    question="last" puts the context before the instruction. system: the system text, "" for no
-    system turn; without one the template's own, if it has one.
-    """
-    need(template in TEMPLATES,
-         f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}")
-    form = TEMPLATES[template]
-    system = form.default_system if system is None else system or None
-    need(system is None or form.system,
-         f"the prompt template {template!r} has no place for a system text: leave out --system, "
-         "or choose another --template")
-    parts = [row["instruction"]]
-    if row.get("context"):
-        parts.insert(1 if question == "first" else 0, row["context"])
-    text = "\n\n".join(parts)
-    if system is None:
-        return form.turn(form.user, text)
-    if form.inside:
-        return form.turn(form.user, form.system.replace("{}", system) + text)
-    return form.turn(form.system, system) + form.turn(form.user, text)
-
-
-def chosen_template(args, metadata):
-    """--template and --system, else what the predictors' metadata say -> (template, system text).
-
-    A system text in the metadata is one for the template there.
-    """
-    template, system = args.template or metadata.get("template", "plain"), args.system
-    if system is None and template == metadata.get("template"):
-        system = metadata.get("system")
-    return template, system
-
-
-def prompt_notes(args):
-    """What predictors keep of the prompts that they were trained on; see `chosen_template`."""
-    notes = {"template": args.template or "plain"}
-    return notes if args.system is None else notes | {"system": args.system}
-
-
 def encode_row(tokenizer, row, template="plain", max_response=96, question="first", system=None):
     """A row {instruction, context, response} -> Example; the response is cut."""
     prompt = tokenizer.encode(prompt_text(row, template, question, system))
@@ -282,27 +196,3 @@ def digest(*parts):
         else:
             hashed.update(json.dumps(part, default=str).encode())
     return hashed.hexdigest()[:16]
-
-
-def chosen_prompt(args, tokenizer, metadata):
-    """The prompt that infer.py's options ask for -> token ids, and the right answer if known."""
-    expected = None
-    sources = args.prompt, args.prompt_file, args.data
-    need(sources.count(None) > 1,
-         "--prompt, --prompt-file and --data each say what to read: leave all but one out")
-    if args.prompt is not None:
-        row = {"instruction": args.prompt}
-    elif args.prompt_file is not None:
-        with blame(args.prompt_file, "not UTF-8 text"):
-            row = {"instruction": Path(args.prompt_file).read_text(encoding="utf-8")}
-    else:
-        path = args.data or find(args.ckpt) / "train.jsonl"
-        need(Path(path).is_file(),
-             "say what to read: --prompt TEXT, --prompt-file FILE or --data FILE")
-        rows = read_rows(path, "heldout")
-        need(args.row < len(rows), f"--row {args.row}: {path} has {len(rows)} held-out rows")
-        row = rows[args.row]
-        expected = row["response"]
-    need(row["instruction"].strip(), "the prompt is empty")
-    template, system = chosen_template(args, metadata)
-    return tokenizer.encode(prompt_text(row, template, system=system)), expected

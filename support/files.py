@@ -46,6 +46,16 @@ def load_tensors(path):
         raise ValueError(f"{path}: damaged or truncated safetensors file ({e})") from None
 
 
+def load_metadata(path):
+    """The metadata of a safetensors file, a dict; its tensors are not read."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({e})") from None
+
+
 def save_tensors(path, tensors, metadata):
     """Write a safetensors file under a temporary name, then rename it.
 
@@ -67,6 +77,21 @@ def save_tensors(path, tensors, metadata):
         raise OSError(f"{path}: not written ({e})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable(path, make_folder=False):
+    """That a file can be written is known before the work begins; what it holds stays."""
+    path = Path(path)
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() or path.is_dir():
+            path.open("ab").close()
+        elif not path.exists():     # else /dev/null or the like
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise OSError(f"{path}: cannot be written ({e.strerror}); name another file, in a folder "
+                      "that is there") from None
 
 
 def output(path, name):

@@ -16,8 +16,10 @@ class Linear(nn.Linear):
     """nn.Linear, on every device and in every dtype, at the speed of fp32 or better."""
 
     def forward(self, x):
-        few = x.numel() < MANY * x.shape[-1] and not x.requires_grad
-        if few or self.weight.requires_grad or not emulated(x):
+        # the type first: torch.compile makes a graph for each side of a question about sizes
+        if self.weight.requires_grad or not emulated(x):
+            return super().forward(x)
+        if x.numel() < MANY * x.shape[-1] and not x.requires_grad:
             return super().forward(x)
         return Product.apply(x, self.weight, self.bias)
 

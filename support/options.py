@@ -1,18 +1,23 @@
-"""What all commands share: options, one-line errors, progress, and where a number comes from."""
+"""What all commands share: options, one-line errors, a clean end, and where a number comes from."""
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from support.checkpoint import DTYPES, ROOT, find, read_config
-from support.data import TEMPLATES, chosen_template, encode_row, examples
-from support.files import need
+from support.checkpoint import DTYPES, find, read_config
+from support.data import encode_row, examples
+from support.files import need, writable
+from support.places import ROOT, rows_at_hand
+from support.progress import clear_line, speaks
+from support.templates import TEMPLATES, chosen_template
 
 # ------------------------------------------------------------------------------------------ parsing
 
@@ -32,6 +37,30 @@ def at_least(minimum):
                 f"expected a whole number, at least {minimum}, not {text!r}")
         return int(text)
     return whole
+
+
+PICTURES = ("", ".png", ".pdf", ".svg", ".jpg")
+
+
+def picture_file(text):
+    """For argparse: where a picture goes; that it can be drawn is known before the work begins."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ImportError("pictures need the optional package matplotlib: pip install matplotlib")
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
+    return output_file(text)
+
+
+def output_file(text):
+    """For argparse: a file that will be written; that it can be is known before the work begins."""
+    writable(text)
+    return text
+
+
+def rows_file(text):
+    """The same; its folder is made."""
+    writable(text, make_folder=True)
+    return text
 
 
 SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
@@ -59,7 +88,7 @@ def schedule_options(args):
 def add_template_arguments(parser):
     """The options that say what stands around a user's text; support.data.chosen_template."""
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: "
-                        "plain; where predictors are used, theirs)")
+                        "the predictors', where they are used, else the checkpoint's)")
     parser.add_argument("--system", metavar="TEXT", help="the prompt's system text (default: the "
                         "template's own; \"\": none)")
 
@@ -67,7 +96,7 @@ def add_template_arguments(parser):
 def add_data_arguments(parser, limit, max_response=96):
     """The options by which every command chooses its rows; the two are defaults, None for none."""
     parser.add_argument("--data", help="JSONL with instruction, context, response (default: the "
-                        "toy's own rows)")
+                        "toy's own rows; databricks-dolly-15k.jsonl where it lies)")
     add_template_arguments(parser)
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
     parser.add_argument("--question", choices=("first", "last"), default="first",
@@ -92,8 +121,8 @@ def add_pruning_arguments(parser, scorers=()):
                             help="what ranks the tokens")
     parser.add_argument("--ckpt", default="toy",
                         help="checkpoint directory, as given or under checkpoints/, or random:NAME")
-    parser.add_argument("--predictors", help="predictors.safetensors (default: the one in the "
-                                             "checkpoint directory)")
+    parser.add_argument("--predictors", help="predictors, a file or its folder (default: those "
+                        "trained here, out/NAME, else those in the checkpoint directory)")
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
     parser.add_argument("--dtype", choices=sorted(DTYPES),
                         help="default: bfloat16 on cuda, else float32")
@@ -105,9 +134,21 @@ def add_tp_argument(parser):
                         "heads and SwiGLU among the processes (tensor parallel)")
 
 
+class JsonAlone(argparse.Action):
+    """--json: from here on print() writes to stderr; args.json is the stream of the one object."""
+
+    def __call__(self, parser, args, values, option_string=None):
+        args.json = args.json or sys.stdout
+        sys.stdout = sys.stderr
+
+
 def add_json_argument(parser):
-    parser.add_argument("--json", action="store_true", help="print all that was measured as one "
-                        "JSON object on the last line")
+    parser.add_argument("--json", action=JsonAlone, nargs=0, default=None, help="print all that "
+                        "was measured as one JSON object and nothing else; the text goes to stderr")
+
+
+def add_quiet_argument(parser):
+    parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
 
 
 def rows_from(args, tokenizer, split, limit=None, metadata=None):
@@ -117,14 +158,19 @@ def rows_from(args, tokenizer, split, limit=None, metadata=None):
     """
     if limit == 0:
         return []
-    need(args.data or Path(args.ckpt).name == "toy",
-         f"{args.ckpt} has no rows of its own: name a file with --data")
-    path = args.data or ROOT / "checkpoints" / "toy" / "train.jsonl"
-    template, system = chosen_template(args, metadata or {})
+    path = args.data or rows_at_hand(args.ckpt)
+    template, system, _ = chosen_template(args, metadata or {})
     limit = limit or args.limit
     max_positions = read_config(find(args.ckpt) / "config.json")["max_positions"]
     return examples(tokenizer, path, split, template, args.min_prompt, args.max_prompt,
                     args.max_response, args.context, limit, args.question, system, max_positions)
+
+
+def chosen_rows(args, tokenizer):
+    """The rows that saliency.py reads: all for Figure 2, the one of Figure 1."""
+    if args.figure == 2:
+        return rows_from(args, tokenizer, "heldout")
+    return [chosen_example(args, tokenizer)]
 
 
 def chosen_example(args, tokenizer):
@@ -134,7 +180,7 @@ def chosen_example(args, tokenizer):
         need(args.response, "--prompt needs --response: saliency is the gradient of the "
                             "response's log-likelihood")
         row = {"instruction": args.prompt, "response": args.response}
-        template, system = chosen_template(args, {})
+        template, system, _ = chosen_template(args, {})
         example = encode_row(tokenizer, row, template, None, system=system)
         n = len(example.tokens) - example.prompt_len
         need(n <= args.max_response,
@@ -149,35 +195,84 @@ def chosen_example(args, tokenizer):
 
 
 def cli(main):
-    """Run a command's main: bad input ends in one line on stderr and exit code 1."""
+    """Run a command's main: bad input ends in one line on stderr and exit code 1.
+
+    Ctrl-C ends it in one line and code 130; a second one ends the process at once.
+    """
     try:
-        main()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted)
+        run(main)
+    except KeyboardInterrupt as e:  # with a text from where there is something to say
+        clear_line()
+        if speaks():
+            print(str(e) or "stopped", file=sys.stderr, flush=True)
+        leave(130)
+
+
+def run(main):
+    """`main`, and what it raises told in one line; all but Ctrl-C."""
+    try:
+        with contextlib.redirect_stdout(sys.stdout):        # --json turns it, for this command
+            main()
+            sys.stdout.flush()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
-        text = " ".join(str(e).split())
-        text = text if len(text) <= 1000 else text[:1000] + " ..."
-        text = f"{Path(sys.argv[0]).name}: {text}"
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # The other processes may wait for this one: torchrun has to see that it is gone.
-            print(text, file=sys.stderr, flush=True)
-            os._exit(1)
+    except BrokenPipeError:         # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # for what is still to be flushed
+        leave(141)                  # as if by SIGPIPE
+    except (ValueError, OSError, ImportError) as e:
+        fail(str(e))
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        fail("not enough memory: take shorter prompts or rows, a smaller --batch or --dtype "
+             f"bfloat16. {e}")
+    finally:
+        let_go()
+
+
+def interrupted(number, frame):
+    """What the first Ctrl-C does."""
+    let_go()
+    raise KeyboardInterrupt
+
+
+def let_go():
+    """From here on signals end the process at once and without a word."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def out_of_memory(error):
+    """Whether no memory was left, on a CPU or a GPU."""
+    signs = ("DefaultCPUAllocator", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def fail(text):
+    """Leave with one line on stderr and code 1."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 1000 else text[:1000] + " ..."
+    text = f"{Path(sys.argv[0]).name}: {text}"
+    clear_line()
+    if alone():
         sys.exit(text)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    print(text, file=sys.stderr, flush=True)
+    leave(1)
 
 
-class Progress:
-    """One line on stderr that says how far a loop is, and how long the rest will take."""
+def alone():
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
-    def __init__(self, total, what):
-        self.total, self.what, self.done, self.start = total, what, 0, time.time()
 
-    def step(self):
-        self.done += 1
-        left = (time.time() - self.start) / self.done * (self.total - self.done)
-        line = f"\r{self.done}/{self.total} {self.what}, {left:.0f} s left "
-        print(line, end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
+def leave(code):
+    """Leave with this exit code."""
+    if alone():
+        sys.exit(code)
+    # The other processes may wait for this one: torchrun has to see that it is gone.
+    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------- provenance
@@ -204,12 +299,12 @@ def hardware(device):
 
 
 def print_json(args, model, result):
-    """With --json: all that was measured, and how, as one JSON object on the last line."""
-    if args.json:
+    """With --json: all that was measured, and how, as one JSON object; the first process does."""
+    if args.json and speaks():
         names = ("ckpt", "shape", "scorer", "figure", "reduce")
         how = {name: value for name, value in vars(args).items() if name in names}
         where = provenance(model) if model else {"command": command_line()}
-        print(json.dumps({**where, **how, **result}))
+        print(json.dumps({**where, **how, **result}), file=args.json, flush=True)
 
 
 def provenance(model):

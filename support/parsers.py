@@ -2,8 +2,9 @@
 from support.checkpoint import DTYPES
 from support.files import need
 from support.options import (add_data_arguments, add_json_argument, add_pruning_arguments,
-                             add_schedule_arguments, add_template_arguments, add_tp_argument,
-                             at_least, command_parser)
+                             add_quiet_argument, add_schedule_arguments, add_template_arguments,
+                             add_tp_argument, at_least, command_parser, output_file, picture_file)
+from support.places import own_rows
 
 CKPT_HELP = "checkpoint directory, as given or under checkpoints/"
 LONG_PROMPTS = [4096, 8192, 16384, 32768, 65536, 131072]
@@ -21,7 +22,9 @@ def saliency_parser(doc, reductions):
     parser.add_argument("--prompt", help="Figure 1: this prompt instead of a row (with --response)")
     parser.add_argument("--response",
                         help="Figure 1: the answer whose log-likelihood is traced back")
-    parser.add_argument("--png", help="write the figure here (needs matplotlib)")
+    parser.add_argument("--png", type=picture_file,
+                        help="write the figure here (needs matplotlib)")
+    add_quiet_argument(parser)
     add_json_argument(parser)
     add_data_arguments(parser, limit=20)
     return parser
@@ -77,9 +80,13 @@ def train_parser(doc, defaults):
     parser.add_argument("--calibrate", type=at_least(0), default=0, metavar="ROWS",
                         help="beyond the paper: then choose how much a token's position counts, "
                         "by the pruned likelihood of this many validation rows")
-    parser.add_argument("--out", help="where predictors.safetensors goes (default: out/<ckpt>/)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the state beside --out (from the start if there is none)")
+    parser.add_argument("--out", help="where predictors.safetensors goes (default: out/NAME/, "
+                        "where the other commands look first)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true",
+                       help="go on from the state beside --out (from the start if there is none)")
+    again.add_argument("--restart", action="store_true",
+                       help="begin anew, though a run that was stopped left its state there")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
     parser.add_argument("--report-every", type=at_least(1), default=50,
                         help="steps between held-out reports")
@@ -90,7 +97,9 @@ def train_parser(doc, defaults):
                         help="of the backbone (default: bfloat16 on cuda, else float32)")
     parser.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen "
                         "blocks over the devices (FSDP2), for a backbone too large for one")
-    parser.add_argument("--png", metavar="FILE", help="draw the training curve (needs matplotlib)")
+    parser.add_argument("--png", metavar="FILE", type=picture_file,
+                        help="draw the training curve (needs matplotlib)")
+    add_quiet_argument(parser)
     add_json_argument(parser)
     add_schedule_arguments(parser)
     return parser
@@ -99,10 +108,10 @@ def train_parser(doc, defaults):
 def infer_parser(doc, scorers):
     parser = command_parser(doc)
     add_pruning_arguments(parser, scorers)
-    parser.add_argument("--prompt", help="the user's text")
-    parser.add_argument("--prompt-file", help="the user's text, from a file")
-    parser.add_argument("--data", help="take the prompt from a row of this JSONL (default with "
-                                       "the toy: its held-out rows)")
+    parser.add_argument("--prompt", help="the user's text (default: with the toy one of its rows, "
+                        "else a page of ours and a question about it)")
+    parser.add_argument("--prompt-file", help="the user's text, from a file; - reads stdin")
+    parser.add_argument("--data", help="take the prompt from a row of this JSONL")
     parser.add_argument("--row", type=at_least(0), default=0,
                         help="which held-out row of --data")
     add_template_arguments(parser)
@@ -111,7 +120,7 @@ def infer_parser(doc, scorers):
     parser.add_argument("--h2o", type=float, metavar="SHARE",
                         help="compress both arms' KV caches to this share by H2O (Table 6: 0.4)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--html", metavar="FILE",
+    parser.add_argument("--html", metavar="FILE", type=output_file,
                         help="write the survivors as a self-contained page")
     parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N",
                         help="print Table 2's rows for these prompt lengths")
@@ -121,6 +130,7 @@ def infer_parser(doc, scorers):
                         "decode in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--seed", type=int, default=0)
     add_tp_argument(parser)
+    add_quiet_argument(parser)
     add_json_argument(parser)
     return parser
 
@@ -129,7 +139,8 @@ def recipe_options(args, n_rows):
     """The fields of a train.Loss and of a train.Recipe for so many rows, two dicts."""
     given = {name: getattr(args, name) for name in RECIPE}
     weights = {name: given.pop(name) for name in ("cls", "mse", "rank", "distill")}
-    epochs = args.epochs or (2 if args.data else 1)
+    own = not args.data and own_rows(args.ckpt)     # the toy's: once is enough
+    epochs = args.epochs or (1 if own else 2)
     given["steps"] = args.steps or max(1, epochs * n_rows // args.accum)
     return weights, given
 

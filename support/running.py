@@ -1,46 +1,84 @@
 """What stands around a training: progress, held-out reports, saves, a clean stop, row order."""
 import json
+import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 
 import torch
 
-from model import Tokenizer, load
-from support.checkpoint import DTYPES
+from model import Config, Tokenizer
+from support.checkpoint import choose_device, describe
 from support.data import digest
 from support.files import load_tensors, need
-from support.options import command_line, rows_from
+from support.options import alone, command_line, let_go, rows_from
 from support.parallel import anyone, first_number, join, rank, sharded, world_size
 from support.parsers import check_training
-from support.saved import fingerprint, load_state, save_predictors, save_state
+from support.places import find, rows_at_hand
+from support.progress import ERASE, Progress, on_terminal, speaks
+from support.saved import (fingerprint, load_model, load_state, read_progress, save_predictors,
+                           save_state)
+from support.templates import chosen_template
 
 
-def load_training(args):
-    """What train.py's options name -> model, rows to train on, held-out and validation rows."""
-    device = join(args.device)
+def read_training(args):
+    """What train.py's options name, without weights -> Config, rows to train on, held-out and
+    validation rows.
+    """
+    # from here on only the first process prints
+    args.device = str(choose_device(join(args.device)))
     check_training(args, world_size())
     tokenizer = Tokenizer(args.ckpt)
-    split = sharded() if args.shard else None
-    model = load(args.ckpt, DTYPES.get(args.dtype), device, split)
-    return (model, rows_from(args, tokenizer, "train"),
+    config = Config(**describe(args.ckpt)[1])
+    path, chosen = args.data or rows_at_hand(args.ckpt), chosen_template(args, {})
+    print(f"model {find(args.ckpt)}; rows {path}; template {chosen.template} ({chosen.why})",
+          flush=True)
+    return (config, rows_from(args, tokenizer, "train"),
             rows_from(args, tokenizer, "heldout", args.report_rows),
             rows_from(args, tokenizer, "validation", args.calibrate))
+
+
+def load_trained(args):
+    """The frozen model that train.py's options name, on the devices that they name."""
+    return load_model(args, sharded() if args.shard else None)
+
+
+def state_file(out):
+    """Where the state of the training that writes the predictors `out` lies."""
+    return out.with_name(f"{out.stem}_state.safetensors")
+
+
+def check_state(out, args, recipe, config, rows):
+    """That no run is overwritten, or gone on with, that should not be; before weights are read."""
+    state = state_file(out)
+    if args.restart or not state.is_file():
+        return
+    done, told = read_progress(state)
+    if args.resume:
+        ours = asdict(recipe), fingerprint(config), digest(rows)
+        theirs = told[0], told[2], told[4]
+        for what, mine, its in zip(("another recipe", "another model", "other rows"), ours, theirs):
+            need(mine == its, f"{state}: it belongs to a run with {what}: repeat that command, or "
+                              "begin anew with --restart")
+    else:
+        steps = told[0]["steps"]
+        need(done >= steps, f"{state}: a run stopped at step {done} of {steps} is here: --resume "
+                            "goes on, --restart begins anew")
 
 
 class Run:
     """One training: it writes `out` (predictors) and, beside it, the state to go on from.
 
     report(predictors) -> {name: number} on held-out rows, every report_every steps; save_every:
-    seconds; stop: leave after the step in which it is filled; resume: go on from the state, where
-    there is one. log: a list with a dict a step; done: the steps taken before. A finished run whose
-    predictors are not in `out` writes them again.
+    seconds; stop: save, and raise KeyboardInterrupt, after the step in which it is filled; resume:
+    go on from the state, where there is one. log: a list with a dict a step; done: the steps taken
+    before. A finished run whose predictors are not in `out` writes them again.
     """
 
     def __init__(self, out, model, predictors, optimizer, rows, schedule, recipe, report=None,
-                 report_every=50, save_every=120, resume=False, stop=(), notes=None):
-        self.out, self.state = out, out.with_name(f"{out.stem}_state.safetensors")
+                 report_every=50, save_every=120, resume=False, stop=(), notes=None,
+                 quiet=False):
+        self.out, self.state = out, state_file(out)
         self.predictors, self.optimizer = predictors, optimizer
         self.config, self.schedule, self.recipe = model.config, schedule, recipe
         self.report, self.report_every = report, report_every
@@ -65,6 +103,7 @@ class Run:
         print(how_often(len(rows), recipe.steps * recipe.accum), flush=True)
         self.begin = self.saved = time.time()
         self.tokens = 0
+        self.progress = Progress(recipe.steps, "steps", quiet, first=self.done)
         if self.done == recipe.steps and saved_steps(out) != str(self.done):
             self.save(self.done)
 
@@ -74,7 +113,7 @@ class Run:
         due = last or step.number % self.report_every == 0
         losses = {name: round(value, 6) for name, value in step.losses.items()}
         self.log.append({"step": step.number, **losses})
-        self.show(step, end="\n" if due else "")
+        self.show(step, due)
         if self.report and due:
             self.log[-1]["heldout"] = self.report(self.predictors)
             print("  held out: " + numbers(self.log[-1]["heldout"]), flush=True)
@@ -83,17 +122,20 @@ class Run:
             self.save(step.number)
         if leave and not last:
             first_number(step.number)       # none leaves before the first process has saved
-            sys.exit(f"\nstopped and saved after step {step.number} of {self.recipe.steps}: the "
-                     "same command with --resume goes on")
+            raise KeyboardInterrupt(f"stopped and saved after step {step.number} of "
+                                    f"{self.recipe.steps}: the same command with --resume goes on")
 
-    def show(self, step, end):
-        """Progress in one line: losses, tokens a second, time left."""
+    def show(self, step, due):
+        """Losses and tokens a second: on stderr while it runs, on stdout of the steps that are due.
+        """
         self.tokens += step.tokens
-        spent, total = time.time() - self.begin, self.recipe.steps
-        left = spent / (step.number - self.done) * (total - step.number)
         kept = "" if step.kept is None else f"  kept {step.kept:.0%}"
-        print(f"\rstep {step.number}/{total}  {numbers(step.losses)}{kept}"
-              f"  {self.tokens / spent:.0f} tokens/s  {left:.0f} s left   ", end=end, flush=True)
+        speed = self.tokens / (time.time() - self.begin)
+        text = f"{numbers(step.losses)}{kept}  {speed:.0f} tokens/s"
+        self.progress.step(text)
+        if due:
+            self.progress.clear()
+            print(f"step {step.number}/{self.recipe.steps}  {text}", flush=True)
 
     def save(self, step, **more):
         """Write predictors and state after `step` steps; the first process does."""
@@ -103,6 +145,12 @@ class Run:
                             command=command_line(), **more)
             save_state(self.state, self.predictors, self.optimizer, step, self.log, self.settings)
         self.saved = time.time()
+
+
+def next_command(args):
+    """What to do with the predictors that were just trained, as a command."""
+    ckpt = "" if args.ckpt == "toy" else f" --ckpt {args.ckpt}"
+    return f"python infer.py{ckpt}" + (f" --predictors {args.out}" if args.out else "")
 
 
 def how_often(n_rows, reads):
@@ -128,12 +176,20 @@ def numbers(named):
 
 
 def stop_on_signals():
-    """-> a list that is no longer empty once SIGTERM or Ctrl-C came; a second one stops at once."""
+    """-> a list that is no longer empty once SIGTERM or Ctrl-C came; a second one stops at once.
+
+    Files stay whole even then: they are written under another name and renamed. Under torchrun,
+    which sends every Ctrl-C of a terminal a second time, the second one changes nothing.
+    """
     signals = []
 
     def asked(number, frame):
-        if signals:
-            raise KeyboardInterrupt
+        if alone():
+            let_go()                # so that Python, busy in one long operation, is not asked again
+        if speaks() and not signals:
+            text = "stopping after this step; Ctrl-C again: at once\n"
+            text = ERASE + text if on_terminal() else text
+            os.write(2, text.encode())          # print() may be what was interrupted
         signals.append(number)
     signal.signal(signal.SIGTERM, asked)
     signal.signal(signal.SIGINT, asked)

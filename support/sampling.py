@@ -6,27 +6,28 @@ import torch
 from support.files import need
 
 
-def one_past(model, n, new, which=""):
+def one_past(config, n, new, which=""):
     """One past the last position read for `new` tokens after a prompt of n: the last is not read.
 
     which: said before the message of the ValueError where these are too many for the model.
     """
     need(isinstance(new, int) and new > 0,
          f"max_new_tokens is {new!r}: expected a whole number, at least 1")
-    end, limit = n + new - 1, model.config.max_positions
+    end, limit = n + new - 1, config.max_positions
     need(end <= limit, f"{which}with {n} prompt tokens and {new} new ones position {end - 1} is "
                        f"beyond this model's {limit} positions; use a shorter prompt or fewer new "
                        "tokens")
     return end
 
 
-def fitting(model, longest, asked, default):
+def fitting(config, longest, asked, default):
     """How many new tokens: those asked for, else as many of `default` as fit behind the longest.
 
-    At least 1: `one_past` refuses what does not fit.
+    Raises ValueError where those asked for, or a single one, do not fit.
     """
-    limit = model.config.max_positions
+    limit = config.max_positions
     new = asked or max(1, min(default, limit - longest + 1))
+    one_past(config, longest, new)
     if not asked and new < default:
         print(f"new tokens: {new} instead of {default}, because behind {longest} prompt tokens no "
               f"more fit into this model's {limit} positions")

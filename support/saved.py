@@ -6,17 +6,20 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from model import load
+from model import Config, load
 from predictor import Predictor
 from prune import Schedule
-from support.checkpoint import DTYPES, find
-from support.files import blame, load_tensors, need, save_tensors
+from support.checkpoint import DTYPES, choose_device, describe
+from support.files import blame, load_metadata, load_tensors, need, save_tensors
 from support.options import schedule_options
 from support.parallel import join, tensor_parallel, world_size
+from support.places import PREDICTORS, find, predictors_file
+from support.progress import Progress
 
 # -------------------------------------------------------------------------------------- predictors
 
@@ -26,6 +29,9 @@ def fingerprint(config):
     shape = asdict(config)
     for name in ("bos", "eos", "max_positions"):    # the same weights may come with others
         del shape[name]
+    for name in ("rope_ramp", "o_bias", "qk_norm"):     # unknown to older files, which have none
+        if not shape[name]:
+            del shape[name]
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -39,33 +45,47 @@ def save_predictors(path, predictors, config, schedule, **notes):
 def load_predictors(path, model, schedule=None):
     """Read predictors made for `model` -> (nn.ModuleList on its device, in its dtype; metadata).
 
-    Of the metadata "schedule" is a dict and "prior" a number. If a schedule is given, its stages
-    must stand after the same blocks, or after the first of them: then the others have nothing to
-    do (the paper's SDTP-low). Another keep ratio is fine, a ranking serves any.
+    path: the file, or its folder. Of the metadata "schedule" is a dict and "prior" a number. If a
+    schedule is given, its stages must stand after the same blocks, or after the first of them: then
+    the others have nothing to do (the paper's SDTP-low). Another keep ratio is fine, a ranking
+    serves any.
     """
+    predictors, metadata = read_predictors(path, model.config, schedule)
+    return predictors.to(device=model.device, dtype=model.dtype), metadata
+
+
+def read_predictors(path, config, schedule=None):
+    """What `load_predictors` reads, for a model of this Config, which is not needed yet."""
+    path = Path(path)
+    path = path / PREDICTORS if path.is_dir() else path
     stored, metadata = load_tensors(path)
     need("schedule" in metadata and "fingerprint" in metadata,
          f"{path}: not a predictors file (no schedule in its metadata)")
-    ours = fingerprint(model.config)
+    ours = fingerprint(config)
     need(metadata["fingerprint"] == ours, f"{path}: made for another model (config fingerprint "
                                           f"{metadata['fingerprint']}, this model has {ours})")
     with blame(path, "the schedule in its metadata is damaged"):
         made = read_schedule(json.loads(metadata["schedule"]))
         prior = float(metadata.get("prior", 0))
         need(made.stages and abs(prior) < 1e6, "no stage, or no prior")
-    asked, places = stage_places(schedule or made), stage_places(made)
-    need(asked and asked == places[:len(asked)],
-         f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
+    check_stages(path, made, schedule or made)
     with blame(path, f"its tensors are not those of {made.stages} predictors"):
         need(all(t.dtype in DTYPES.values() and t.isfinite().all() for t in stored.values()),
              "a weight is not finite, or no floating point number")
         hidden = stored["0.up.weight"].shape[0]
         with torch.device("meta"):  # shapes without memory: a damaged one may be of any size
-            modules = [Predictor(model.config.dim, hidden) for _ in range(made.stages)]
+            modules = [Predictor(config.dim, hidden) for _ in range(made.stages)]
         predictors = nn.ModuleList(modules)
         predictors.load_state_dict(stored, assign=True)
-    predictors = predictors.to(device=model.device, dtype=model.dtype).eval()
-    return predictors.requires_grad_(False), {**metadata, "schedule": asdict(made), "prior": prior}
+    predictors = predictors.eval().requires_grad_(False)
+    return predictors, {**metadata, "schedule": asdict(made), "prior": prior}
+
+
+def check_stages(path, made, schedule):
+    """That predictors made for one schedule have all stages of another."""
+    asked, places = stage_places(schedule), stage_places(made)
+    need(asked and asked == places[:len(asked)],
+         f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
 
 
 def read_schedule(fields):
@@ -87,36 +107,93 @@ def stage_places(schedule):
 # ------------------------------------------------------------------------------ a model that prunes
 
 
-def load_pruning(args):
-    """-> model, schedule, predictors (None where there are none) and their metadata.
+class Pruning(NamedTuple):
+    """What a command prunes by, known before any weights are read."""
+    config: Config
+    schedule: Schedule
+    predictors: Optional[nn.ModuleList]     # None: there are none
+    metadata: dict                          # theirs
+    source: str                             # where they come from, for people to read
+
+    def said(self, args):
+        """Which files a command uses, as text."""
+        name = args.ckpt if args.ckpt.startswith("random:") else find(args.ckpt)
+        return f"model {name}; {self.source}"
+
+
+def read_pruning(args):
+    """What the options of `add_pruning_arguments` ask for -> Pruning.
 
     The schedule is what the options give, else the predictors' own, else the paper's, scaled.
+    Raises ValueError or FileNotFoundError for what does not fit, or is needed and not there.
     """
-    device, parallel = join(args.device), bool(getattr(args, "tp", False))
+    # from here on only the first process prints
+    args.device = str(choose_device(join(args.device)))
+    parallel = bool(getattr(args, "tp", False))
     need((world_size() > 1) == parallel, "--tp and torchrun --nproc-per-node N belong together: "
                                          "neither is of use without the other")
-    split = tensor_parallel() if parallel else None
-    model = load(args.ckpt, DTYPES.get(args.dtype), device, split)
-    given, scaled = schedule_options(args), Schedule.scaled(len(model.blocks))
+    config = Config(**describe(args.ckpt)[1])
+    given, scaled = schedule_options(args), Schedule.scaled(config.n_blocks)
     if args.ckpt.startswith("random:"):
-        schedule = replace(scaled, **given)
-        return model, schedule, untrained(model, schedule), {}
-    path = Path(args.predictors or find(args.ckpt) / "predictors.safetensors")
-    if not args.predictors and not path.is_file():
-        return model, replace(scaled, **given), None, {}
-    predictors, metadata = load_predictors(path, model)
-    schedule = replace(Schedule(**metadata["schedule"]), **given)
-    asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "predictor")]
-    if any(name.startswith(("predictor", "prior", "compress")) for name in asked):
-        load_predictors(path, model, schedule)      # stages elsewhere are refused
-    return model, schedule, predictors, metadata
+        return Pruning(config, replace(scaled, **given), None, {}, "untrained predictors")
+    path = predictors_file(args.ckpt, args.predictors)
+    if path is None:
+        need(not by_predictors(args), no_predictors(args.ckpt))
+        return Pruning(config, replace(scaled, **given), None, {}, "no predictors")
+    predictors, metadata = read_predictors(path, config)
+    made = Schedule(**metadata["schedule"])
+    schedule = replace(made, **given)
+    if by_predictors(args):
+        check_stages(path, made, schedule)          # stages elsewhere are refused
+    return Pruning(config, schedule, predictors, metadata, f"predictors {path}")
 
 
-def untrained(model, schedule):
+def by_predictors(args):
+    """Whether a scorer that the options ask for needs trained predictors."""
+    asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "")]
+    return any(name.startswith(("predictor", "prior", "compress")) for name in asked)
+
+
+def no_predictors(ckpt):
+    """What to do where a checkpoint has none, as one line."""
+    return (f"{ckpt} has no predictors yet: `python train.py --ckpt {ckpt}` trains them (or name a "
+            "file with --predictors); --scorer earliest prunes without training, by keeping the "
+            "first tokens")
+
+
+def load_backbone(args):
+    """The model of a command that has done `read_pruning`, on its device or devices."""
+    split = tensor_parallel() if world_size() > 1 else None
+    return load_model(args, split)
+
+
+def load_model(args, split=None):
+    """model.load for the options of a command, and said."""
+    with Progress(quiet=getattr(args, "quiet", False)) as progress:
+        progress.note(f"reading {args.ckpt}")
+        return load(args.ckpt, DTYPES.get(args.dtype), args.device, split)
+
+
+def load_pruning(args, pruning=None):
+    """-> model, schedule, predictors on its device (None where there are none), their metadata.
+
+    pruning: what `read_pruning` said of these options, if it was asked already.
+    """
+    pruning = pruning or read_pruning(args)
+    model = load_backbone(args)
+    predictors = pruning.predictors
+    if args.ckpt.startswith("random:"):
+        predictors = untrained(pruning.config, pruning.schedule)
+    if predictors is not None:
+        predictors = predictors.to(device=model.device, dtype=model.dtype)
+    return model, pruning.schedule, predictors, pruning.metadata
+
+
+def untrained(config, schedule):
     """Predictors of the right size, to measure time with."""
-    stages = schedule.after(len(model.blocks))
-    predictors = nn.ModuleList(Predictor(model.config.dim) for _ in stages)
-    return predictors.to(device=model.device, dtype=model.dtype).requires_grad_(False)
+    stages = schedule.after(config.n_blocks)
+    predictors = nn.ModuleList(Predictor(config.dim) for _ in stages)
+    return predictors.requires_grad_(False)
 
 
 # -------------------------------------------------------------------------- the state of a training
@@ -131,6 +208,18 @@ def save_state(path, predictors, optimizer, step, log, run):
     for i, p in enumerate(predictors.parameters()):
         state |= {f"o.{i}.{name}": t for name, t in optimizer.state.get(p, {}).items()}
     save_tensors(path, state, {"step": str(step), "log": json.dumps(log), "settings": run})
+
+
+def read_progress(path):
+    """Of a training state: steps done, and the settings of its run, a list; without its tensors.
+
+    recipe, schedule, fingerprint of the model, dtype, hash of the rows: see running.Run.
+    """
+    metadata = load_metadata(path)
+    with blame(path, "damaged training state, --restart begins anew"):
+        settings = json.loads(metadata["settings"])
+        need(len(settings) == 5 and type(settings[0]["steps"]) is int, "no settings")
+        return int(metadata["step"]), settings
 
 
 def load_state(path, predictors, optimizer, run):

@@ -7,7 +7,12 @@ import torch
 
 from prune import UNPRUNED, flops, kv_bytes
 from support.files import need
+from support.parallel import first_number
+from support.progress import Progress, clear_line
 from support.sampling import one_past
+
+
+SILENT = Progress(quiet=True)
 
 
 def clock(device):
@@ -39,7 +44,7 @@ def random_prompt(model, n):
 def check_bench(model, lengths, new):
     """Refuse prompt lengths and a dtype that would waste minutes, before anything is measured."""
     for n in lengths:
-        one_past(model, n, new)
+        one_past(model.config, n, new)
     if model.device.type == "cpu":
         slower = matmul_s(model.dtype) / matmul_s(torch.float32)
         need(slower < 10,
@@ -68,6 +73,7 @@ def one_by_one(lengths, measure):
         try:
             rows.append(measure(n))
         except (RuntimeError, ValueError) as e:         # torch.OutOfMemoryError is a RuntimeError
+            clear_line()
             print(f"{n:7d}  not measured: {' '.join(str(e).split()):.300}", flush=True)
     return rows
 
@@ -92,25 +98,46 @@ def timed_arms(generate, model, tokens, arms, **options):
     return {name: partial(run, arm) for name, arm in arms.items()}
 
 
-def take_turns(device, arms, new, repeats, warm_ups=2):
+def fewer(repeats, seconds):
+    """How often a prefill that takes so long is measured: at most 3 times from 5 s, once from 60 s.
+
+    Of several processes the first decides. A smaller number than was asked for is said.
+    """
+    most = 1 if seconds > 60 else 3 if seconds > 5 else repeats
+    chosen = first_number(min(repeats, most))
+    if chosen < repeats:
+        print(f"a prefill takes {seconds:.0f} s: timed {chosen}, not {repeats} times", flush=True)
+    return chosen
+
+
+def take_turns(device, arms, new, repeats, warm_ups=2, progress=SILENT):
     """Times of several arms, {name: run(new tokens) -> (prefill seconds, decode seconds)}.
 
-    After warm-ups (the second finds what the first made compile anew) `repeats` runs of each; the
-    last three also decode. -> {name: {"prefill": [s], "decode": [s], "peak": bytes}}.
+    After warm-ups (the second finds what the first made compile anew) `repeats` runs of each, or
+    `fewer`; the last three also decode. -> {name: {"prefill": [s], "decode": [s], "peak": bytes}}.
     """
-    for run in warm_ups * [*arms.values()]:
-        run(min(new, 4))
+    slowest = 0.0
+    for i in range(warm_ups):
+        seconds = []
+        for name, run in arms.items():
+            progress.note(f"{name}: warming up, {i + 1} of {warm_ups}")
+            seconds.append(run(min(new, 4))[0])
+        slowest = max(seconds)      # of the last time: the first may compile
+    progress.clear()
+    repeats = fewer(repeats, slowest)
     found = {name: {"prefill": [], "decode": []} for name in arms}
     for i in range(repeats):
         decodes = i >= repeats - 3
         # there and back: nobody always follows the same arm
         for name in list(arms) if i % 2 == 0 else list(reversed(arms)):
+            progress.note(f"{name}: {i + 1} of {repeats} times")
             peak_memory(device, reset=True)
             prefill_s, decode_s = arms[name](new if decodes else 1)
             found[name]["peak"] = peak_memory(device)
             found[name]["prefill"].append(prefill_s)
             if decodes:
                 found[name]["decode"].append(decode_s)
+    progress.clear()
     return found
 
 
@@ -127,7 +154,7 @@ def bench_row(model, n, schedule, times, new):
     """
     c, L = model.config, len(model.blocks)
     size = model.embed.weight.element_size()
-    row = {"n": n}
+    row = {"n": n, "repeats": len(times["full"]["prefill"])}
     for name, found in times.items():
         used = schedule if name == "sdtp" else UNPRUNED
         counts = used.counts(n, L)

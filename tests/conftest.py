@@ -2,6 +2,7 @@
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "checkpoints")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "checkpoints"))   # last: gguf.py there would hide the package gguf
 
 from model import Config, Llama, load  # noqa: E402
 from predictor import Predictor  # noqa: E402
@@ -43,6 +45,15 @@ def tiny_model(seed=0, **changes):
         if p.dim() > 1:
             p.data.normal_(0, 0.2, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def draw(module, generator):
+    """Every parameter by chance, biases and norms too; attention is far from uniform."""
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator).to(p.dtype)
+        centre = 1.0 if "norm.weight" in name else 0.0
+        p.data = centre + (0.2 if p.dim() > 1 else 0.3) * noise
+    return module.eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -144,7 +155,11 @@ def leaves(monkeypatch):
         with pytest.raises(SystemExit) as ended:
             cli(module.main)
         return ended.value.code
-    return run
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in kept.items():        # cli gave them back to the system
+        signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------- tests that only wait

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,21 @@ OFF = {
                {"factor": 4.0}, {"original": 24}],
     "tied": [{"rms_norm_eps": 1e-5}],
     "mistral": [{"sliding_window": None}, {"sliding_window": 10}, {"sliding_window": 12}],
+    "linear": [{"rope_scaling": None}, {"factor": 2.0}],
+    "yarn": [{"rope_scaling": None}, {"factor": 2.0}, {"original": 48}, {"fast": 1.0},
+             {"slow": 1.0}, {"truncate": False}, {"size": 1.0}, {"mscale": 1.0}],
+    "qwen3": [{"rms_norm_eps": 1e-5}],
+}
+# The weights without which the case's feature is gone: how their names end, what they are then.
+WITHOUT = {
+    "qwen2": [(".bias", 0)],
+    "bias": [(".bias", 0), ("o_proj.bias", 0)],
+    "qwen3": [("q_norm.weight", 1), ("k_norm.weight", 1)],
 }
 SCALING_WORDS = {"low": "low_freq_factor", "high": "high_freq_factor", "factor": "factor",
-                 "original": "original_max_position_embeddings"}
+                 "original": "original_max_position_embeddings", "fast": "beta_fast",
+                 "slow": "beta_slow", "truncate": "truncate", "size": "attention_factor",
+                 "mscale": "mscale"}
 
 # config.json in the layout of transformers 4
 BASE = {
@@ -61,6 +74,9 @@ GROUPED = {**BASE, "num_key_value_heads": 2}
 # and is blended, six turn less than once and are slowed down.
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 48}
+# Two pairs stay, the last four are slowed by 4, the ramp lies between; cos and sin grow by 1.17.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+        "beta_fast": 2.0, "beta_slow": 0.25, "mscale": 1.6, "mscale_all_dim": 0.3}
 
 
 def cases():
@@ -77,6 +93,11 @@ def cases():
                     "sliding_window": 11},
         "qwen2": {**GROUPED, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
                   "use_sliding_window": False},
+        "bias": {**GROUPED, "attention_bias": True},
+        "linear": {**GROUPED, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        "yarn": {**GROUPED, "rope_theta": 500.0, "rope_scaling": dict(YARN)},
+        "qwen3": {**GROUPED, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+                  "head_dim": 24, "rms_norm_eps": 0.1, "use_sliding_window": False},
     }
 
 
@@ -100,13 +121,17 @@ def weights(name, case):
     D, F = case["hidden_size"], case["intermediate_size"]
     H, G = case["num_attention_heads"], case["num_key_value_heads"]
     d = case.get("head_dim", D // H)
+    biased = case["attention_bias"]
     state = {}
 
     def matrix(key, rows, columns, size):
         state[key + ".weight"] = draw.standard_normal((rows, columns)) * size
 
-    def norm(key):
-        state[key + ".weight"] = 1 + 0.2 * draw.standard_normal(D)
+    def norm(key, size=D, centre=1):
+        state[key + ".weight"] = centre + 0.2 * draw.standard_normal(size)
+
+    def bias(key, size):
+        state[key + ".bias"] = 0.5 * draw.standard_normal(size)
 
     matrix("model.embed_tokens", VOCAB, D, 0.125 if case["tie_word_embeddings"] else 1.0)
     for i in range(case["num_hidden_layers"]):
@@ -114,10 +139,14 @@ def weights(name, case):
         norm(at + "input_layernorm")
         for part, heads, size in (("q", H, 1.5), ("k", G, 1.5), ("v", G, 1.0)):
             matrix(f"{at}self_attn.{part}_proj", heads * d, D, size * D**-0.5)
-            if case["model_type"] == "qwen2":
-                bias = 0.5 * draw.standard_normal(heads * d)
-                state[f"{at}self_attn.{part}_proj.bias"] = bias
+            if biased or case["model_type"] == "qwen2":
+                bias(f"{at}self_attn.{part}_proj", heads * d)
         matrix(at + "self_attn.o_proj", D, H * d, (H * d)**-0.5)
+        if biased:
+            bias(at + "self_attn.o_proj", D)
+        if case["model_type"] == "qwen3":
+            norm(at + "self_attn.q_norm", d, 1.6)
+            norm(at + "self_attn.k_norm", d, 1.6)
         norm(at + "post_attention_layernorm")
         matrix(at + "mlp.gate_proj", F, D, D**-0.5)
         matrix(at + "mlp.up_proj", F, D, D**-0.5)
@@ -207,10 +236,11 @@ def reference(name, layout=4, case=None, attention="eager", edit=None):
     return out.logits, out.attentions
 
 
-def drop_bias(model):
+def filled(model, ending, value):
+    """Set all parameters whose names end so."""
     for key, p in model.named_parameters():
-        if key.endswith(".bias"):
-            p.data.zero_()
+        if key.endswith(ending):
+            p.data.fill_(value)
 
 
 def attention_peak(attention):
@@ -229,8 +259,9 @@ def golden_logits(name, case):
     same = max(distance(layout=layout, attention=kind)
                for layout, kind in ((4, "eager"), (4, "sdpa"), (5, "eager"), (5, "sdpa")))
     moved = [(change, distance(case=turned_off(case, change))) for change in OFF.get(name, [])]
-    if name == "qwen2":
-        moved.append(("no bias", distance(edit=drop_bias)))
+    for ending, value in WITHOUT.get(name, []):
+        edit = partial(filled, ending=ending, value=value)
+        moved.append((f"{ending} of {value}", distance(edit=edit)))
     changes = ", ".join(f"{change} {by:.2f}" for change, by in moved)
     print(f"{name:9} logits of size {logits.std():.2f}, attention peaks at {peak:.2f}, "
           f"eager/sdpa and layouts 4/5 differ by {same:.1e}; turned off: {changes}")

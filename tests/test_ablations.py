@@ -220,7 +220,7 @@ def run(*words):
     """The rows of the command's table."""
     code, out, err = command("-m", "lab.ablations", *words, "--json")
     assert code == 0, err
-    return json.loads(out.splitlines()[-1])["rows"]
+    return json.loads(out)["rows"]
 
 
 @pytest.mark.beside

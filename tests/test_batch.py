@@ -164,10 +164,10 @@ def test_a_text_ends_with_the_first_eos():
 def test_the_command_answers_the_toys_rows():
     code, out, err = command("-m", "lab.batch", "--batch", 4, "--max-new-tokens", 8, "--json")
     assert code == 0, err
-    found = json.loads(out.splitlines()[-1])
-    assert "4 rows in one batch" in out
+    found = json.loads(out)
+    assert "4 rows in one batch" in err
     assert [told["arm"] for told in found["batch"]] == ["full", "sdtp"]
     for told in found["batch"]:
         assert len(told["texts"]) == 4
-        right = sum(f"{text!r}   right {text!r}" in out for text in told["texts"])
-        assert right >= 3, out
+        right = sum(f"{text!r}   right {text!r}" in err for text in told["texts"])
+        assert right >= 3, err

@@ -1,15 +1,19 @@
 """support/checkpoint.py: what of config.json and weights is read, and what refused."""
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import golden
-from conftest import close, load_cpu
+from conftest import ROOT, close, load_cpu, tiny_model
 from model import SHAPES, Config, Llama
-from support import checkpoint
+from support import checkpoint, places
+from support.files import load_tensors
 from support.parsers import LONG_PROMPTS
+from support.rope import scaled
+from support.saved import fingerprint
 
 
 def change(path, **new):
@@ -74,10 +78,14 @@ def test_a_damaged_generation_config_is_named(text, message, tmp_path):
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "vocab_size")
 SPARSE = {  # what a config.json with nothing but the sizes means, as transformers 5.23 has it
-    "llama": dict(n_kv_heads=64, max_positions=2048, bos=1, eos=(2,), window=None, qkv_bias=False),
+    "llama": dict(n_kv_heads=64, max_positions=2048, bos=1, eos=(2,), window=None, qkv_bias=False,
+                  head_dim=16, qk_norm=False),
     "mistral": dict(n_kv_heads=8, max_positions=131072, bos=1, eos=(2,), window=4096,
-                    qkv_bias=False),
-    "qwen2": dict(n_kv_heads=32, max_positions=32768, bos=None, eos=(), window=None, qkv_bias=True),
+                    qkv_bias=False, head_dim=16, qk_norm=False),
+    "qwen2": dict(n_kv_heads=32, max_positions=32768, bos=None, eos=(), window=None, qkv_bias=True,
+                  head_dim=16, qk_norm=False),
+    "qwen3": dict(n_kv_heads=32, max_positions=32768, bos=None, eos=(), window=None, qkv_bias=False,
+                  head_dim=128, qk_norm=True),
 }
 
 
@@ -90,9 +98,9 @@ def bare(family):
 def test_sparse_config_takes_the_familys_defaults(family, tmp_path):
     golden.write_config(tmp_path, bare(family))
     found = checkpoint.read_config(tmp_path / "config.json")
-    assert found == {**SPARSE[family], "dim": 1024, "n_blocks": 30, "n_heads": 64, "head_dim": 16,
+    assert found == {**SPARSE[family], "dim": 1024, "n_blocks": 30, "n_heads": 64,
                      "ffn": 96, "vocab": 96, "rope_theta": 10000.0, "rope_llama3": None,
-                     "tied": False, "norm_eps": 1e-6}
+                     "rope_ramp": None, "o_bias": False, "tied": False, "norm_eps": 1e-6}
     nulls = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": None,
              "num_key_value_heads": None, "sliding_window": None}
     change(tmp_path / "config.json", **nulls)
@@ -113,7 +121,7 @@ def test_a_size_that_is_missing_has_no_default(name, tmp_path):
 FULL = {    # hardly a value is a default
     "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 512, "rms_norm_eps": 1e-4,
     "rope_theta": 500.0, "tie_word_embeddings": True, "bos_token_id": 5, "eos_token_id": [6, 7],
-    "sliding_window": 11, "hidden_act": "silu", "max_window_layers": 30, "attention_bias": False,
+    "sliding_window": 11, "hidden_act": "silu", "max_window_layers": 30, "attention_bias": True,
     "mlp_bias": False, "use_sliding_window": True, "rope_scaling": None,
 }
 
@@ -134,8 +142,9 @@ def test_every_field_that_is_missing_is_as_transformers_has_it(family, tmp_path)
 
 def translated(theirs):
     """A configuration of transformers -> the fields of model.Config."""
-    eos = theirs.eos_token_id
-    kinds = {"llama": [], "mistral": ["sliding_attention"]}.get(theirs.model_type)
+    eos, family = theirs.eos_token_id, theirs.model_type
+    biased = family in ("llama", "qwen3") and theirs.attention_bias
+    kinds = {"llama": [], "mistral": ["sliding_attention"]}.get(family)
     kinds = theirs.layer_types if kinds is None else kinds
     head_dim = getattr(theirs, "head_dim", None)
     return {"dim": theirs.hidden_size,
@@ -148,10 +157,13 @@ def translated(theirs):
             "max_positions": theirs.max_position_embeddings,
             "rope_theta": theirs.rope_parameters["rope_theta"],
             "rope_llama3": None,
+            "rope_ramp": None,
             "bos": theirs.bos_token_id,
             "eos": tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
             "tied": theirs.tie_word_embeddings,
-            "qkv_bias": theirs.model_type == "qwen2",
+            "qkv_bias": biased or family == "qwen2",
+            "o_bias": biased,
+            "qk_norm": family == "qwen3",
             "norm_eps": theirs.rms_norm_eps,
             "window": theirs.sliding_window if "sliding_attention" in kinds else None}
 
@@ -167,6 +179,10 @@ WINDOWS = [     # a family, what its config.json says of windows, the window of 
     ("qwen2", {"use_sliding_window": None, "max_window_layers": 0}, None),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "layer_types": SLIDING_3}, 7),
+    ("qwen3", {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 3}, None),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, None),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "layer_types": SLIDING_3}, 7),
     ("mistral", {"sliding_window": 7}, 7),
     ("mistral", {"sliding_window": 7, "layer_types": None}, 7),
     ("mistral", {"sliding_window": 7, "layer_types": SLIDING_3}, 7),
@@ -189,6 +205,8 @@ def test_the_window_that_all_blocks_have(family, said, want, tmp_path):
 @pytest.mark.parametrize("family, said, message", [
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 2},
      "a sliding window in 1 of 3 blocks is not supported"),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 1},
+     "a sliding window in 2 of 3 blocks is not supported"),
     ("mistral", {"layer_types": [*FULL_3[:2], "sliding_attention"]},
      "a sliding window in 1 of 3 blocks is not supported"),
     ("mistral", {"layer_types": ["chunked_attention"] * 3}, "layer_types is not a list of 3 times"),
@@ -204,10 +222,11 @@ def test_a_window_that_is_not_supported(family, said, message, tmp_path):
         with_window(tmp_path, family, said)
 
 
-def test_a_qwen2_whose_blocks_all_slide_gives_transformers_logits(tmp_path):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_qwen_whose_blocks_all_slide_gives_transformers_logits(family, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = golden.write_checkpoint(tmp_path, "qwen2")
-    tokens = golden.tokens("qwen2")
+    folder = golden.write_checkpoint(tmp_path, family)
+    tokens = golden.tokens(family)
     plain = load_cpu(folder)(tokens)
     change(folder / "config.json", use_sliding_window=True, sliding_window=9, max_window_layers=0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -220,7 +239,11 @@ def test_a_qwen2_whose_blocks_all_slide_gives_transformers_logits(tmp_path):
 def test_biases_that_a_family_does_not_read(tmp_path):
     case = {**golden.cases()["qwen2"], "attention_bias": True, "mlp_bias": True}
     golden.write_config(tmp_path, case)     # its three biases are always there, others never
-    assert checkpoint.read_config(tmp_path / "config.json")["qkv_bias"]
+    found = checkpoint.read_config(tmp_path / "config.json")
+    assert (found["qkv_bias"], found["o_bias"]) == (True, False)
+    golden.write_config(tmp_path, {**case, "model_type": "mistral"})
+    found = checkpoint.read_config(tmp_path / "config.json")
+    assert (found["qkv_bias"], found["o_bias"]) == (False, False)
 
 
 def test_rope_scaling_counts_before_rope_parameters(tmp_path):
@@ -234,17 +257,91 @@ def test_rope_scaling_counts_before_rope_parameters(tmp_path):
     assert (theirs["rope_theta"], theirs["rope_type"]) == (10000.0, "llama3")
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0}
-LINEAR = {"type": "linear", "factor": 4.0}
+LINEAR = {"rope_scaling": {"type": "linear", "factor": 4.0}}
+
+
+def yarn(**said):
+    return {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **said}}
+
+
+AT = "original_max_position_embeddings"
+MSCALES = {"mscale": 0.707, "mscale_all_dim": 0.3}
+ROPES = {       # what config.json says, beside 4096 positions and a base of 10000
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "llama3": {"rope_scaling": {**golden.SCALING, AT: 1024}},
+    "plain yarn": yarn(),
+    "original": yarn(**{AT: 1024}),
+    "original outside": {AT: 512, **yarn(**{AT: 1024})},
+    "llama3, original outside": {AT: 512, "rope_scaling": dict(golden.SCALING)},
+    "turns": yarn(beta_fast=50, beta_slow=0.3),
+    "turns of 0": yarn(beta_fast=0, beta_slow=None),
+    "turns the wrong way": yarn(beta_fast=1.0, beta_slow=9.0),
+    "not truncated": yarn(truncate=False),
+    "truncate null": yarn(truncate=None),
+    "size": yarn(attention_factor=1.5, **MSCALES),
+    "mscales": yarn(**MSCALES),
+    "one mscale": yarn(mscale=0.707),
+    "mscale of 0": yarn(mscale=0.707, mscale_all_dim=0),
+    "shrinking": yarn(factor=0.5, **MSCALES),
+    "factor null": yarn(factor=None, **{AT: 512}),
+    "no room for a ramp": yarn(**{AT: 2}),
+    "a step": yarn(**{AT: 6}),
+    "a small base": {"rope_theta": 3.0, **yarn()},
+    "wide heads": {"head_dim": 256, **yarn()},
+}
+
+
+@pytest.mark.parametrize("layout", [4, 5])
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_types_turn_as_transformers_has_them(name, layout, tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    case = {**golden.cases()["llama2"], "head_dim": 128, "max_position_embeddings": 4096}
+    golden.write_config(tmp_path, {**case, **ROPES[name]}, layout)
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
+    c = Config.from_json(tmp_path / "config.json")
+    freq = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
+    slowed, size = scaled(freq, c.rope_llama3, c.rope_ramp)
+    assert torch.allclose(slowed, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert size == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    assert not torch.allclose(slowed, freq, rtol=1e-3, atol=0) or name == "no room for a ramp"
+
+
+@pytest.mark.parametrize("limit, rope, want", [
+    (4096, LINEAR, 16384),                              # vicuna-7b-v1.5-16k
+    (32768, yarn(**{AT: 32768}), 131072),
+    (131072, yarn(**{AT: 32768}), 131072),
+    (163840, yarn(**{AT: 4096}), 163840),
+    (4096, yarn(factor=1e20), 2**31),
+    (4096, {"rope_scaling": dict(golden.SCALING)}, 4096),   # llama3 says the new number
+])
+def test_a_longer_text_is_not_refused(limit, rope, want, tmp_path):
+    case = {**golden.cases()["llama2"], "max_position_embeddings": limit}
+    golden.write_config(tmp_path, {**case, **rope})
+    assert Config.from_json(tmp_path / "config.json").max_positions == want
+
+
+LONG = {"rope_type": "longrope", "factor": 4.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4}
 SHORT_LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
 MANY_HEADS = {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}
 BAD_CONFIG = [  # what is changed in config.json, what the message says
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ({"model_type": None}, "model_type None is not supported"),
-    ({"rope_scaling": YARN}, "rope type 'yarn' is not supported"),
-    ({"rope_scaling": LINEAR}, "rope type 'linear' is not supported"),
+    ({"rope_scaling": LONG}, "rope type 'longrope' is not supported"),
     ({"rope_parameters": DYNAMIC}, "rope type 'dynamic' is not supported"),
+    ({"rope_scaling": {"type": "linear"}}, "factor is None, expected a positive number"),
+    ({"rope_scaling": {"type": "yarn"}}, "factor is None, expected a positive number"),
+    (yarn(factor="4"), "factor is '4', expected a positive number"),
+    (yarn(original_max_position_embeddings=0),
+     "original_max_position_embeddings is 0, expected a whole number"),
+    (yarn(attention_factor=0), "attention_factor is 0, expected a positive number"),
+    (yarn(mscale=-1, mscale_all_dim=1), "mscale is -1, expected a positive number"),
+    (yarn(beta_fast="32"), "beta_fast is '32', expected a positive number"),
+    (yarn(beta_slow=5e-324), "beta_slow is 5e-324, expected a positive number"),
+    (yarn(truncate="no"), "truncate is 'no', expected true or false"),
+    ({"rope_theta": 1, **yarn()}, "rope_theta is 1.0, yarn needs more than 1"),
     ({"rope_scaling": SHORT_LLAMA3}, "low_freq_factor is None, expected a positive number"),
     ({"rope_scaling": "llama3"}, "expected an object"),
     ({"rope_theta": -1}, "rope_theta is -1, expected a positive number"),
@@ -257,7 +354,8 @@ BAD_CONFIG = [  # what is changed in config.json, what the message says
     ({"vocab_size": "96"}, "vocab_size is '96', expected a whole number"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-    ({"attention_bias": True}, "attention_bias = True is not supported"),
+    ({"mlp_bias": True}, "mlp_bias = True is not supported"),
+    ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
     ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be whole numbers"),
@@ -309,16 +407,30 @@ def test_config_that_is_not_an_object_or_not_text(tmp_path):
         load_cpu(tmp_path)
 
 
+def test_fields_that_older_predictors_do_not_know_leave_their_fingerprint():
+    for config, known in (({}, "b1ff53c0e8803a53"),
+                          ({"rope_llama3": (8.0, 1.0, 4.0, 48.0), "qkv_bias": True},
+                           "fe098737597d35d8")):
+        assert fingerprint(Config(48, 6, 4, 2, 12, 96, 90, **config)) == known
+    toy = ROOT / "checkpoints" / "toy"
+    _, metadata = load_tensors(toy / "predictors.safetensors")
+    assert metadata["fingerprint"] == fingerprint(Config.from_json(toy / "config.json"))
+    new = ({}, {"qk_norm": True}, {"o_bias": True}, {"rope_ramp": (4.0, 1.0, 5.0, 1.1)},
+           {"rope_ramp": (4.0, 1.0, 5.0, 1.2)})
+    assert len({fingerprint(tiny_model(**changes).config) for changes in new}) == len(new)
+
+
 # ----------------------------------------------------------------------------------------- weights
 
 
 def test_a_bare_name_is_looked_for_under_checkpoints(tmp_path, monkeypatch):
-    golden.write_checkpoint(tmp_path / "home" / "checkpoints" / "tiny", "llama2")
-    (tmp_path / "elsewhere").mkdir()
+    golden.write_checkpoint(tmp_path / "checkpoints" / "tiny", "llama2")
+    golden.write_checkpoint(tmp_path / "elsewhere" / "tiny", "tied")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "home")
+    monkeypatch.setattr(places, "CHECKPOINTS", tmp_path / "checkpoints")
     assert reads_golden("tiny", "llama2")
-    golden.write_checkpoint(tmp_path / "elsewhere" / "tiny", "tied")     # as given comes first
+    assert load_cpu("./tiny").config.tied       # a path is one
+    shutil.rmtree(tmp_path / "checkpoints")
     assert load_cpu("tiny").config.tied
     message = "no checkpoint 'huge': expected a directory with config.json"
     with pytest.raises(FileNotFoundError, match=message):
@@ -351,7 +463,7 @@ def test_a_shape_may_be_named_as_its_weights_are():
 def test_missing_shard(tmp_path):
     folder = golden.write_checkpoint(tmp_path, "sharded")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: this shard is missing"):
+    with pytest.raises(ValueError, match="2 shards 1 are missing: model-00002-of-00002.safet"):
         load_cpu(folder)
 
 
@@ -454,8 +566,7 @@ def test_pickle_files_are_never_read(tmp_path):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    message = "neither model.safetensors nor model.safetensors.index.json"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="holds no safetensors but"):
         load_cpu(folder)
     torch.save(state, folder / "model.safetensors")     # nor under another name
     with pytest.raises(ValueError, match="damaged or truncated safetensors"):

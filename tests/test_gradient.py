@@ -77,6 +77,6 @@ def test_bad_input_ends_in_one_line(leaves, tmp_path, words, message):
 def test_the_command_on_the_toy():
     code, out, err = command("-m", "lab.gradient", "--limit", 1, "--tokens", 4, "--json")
     assert code == 0, err
-    rows = json.loads(out.splitlines()[-1])["rows"]
+    rows = json.loads(out)["rows"]
     assert [row["gradient"] for row in rows] == ["ours", "derivative"]
     assert rows[0]["spearman"] > 0 and rows[0]["size"] < 100

@@ -38,7 +38,7 @@ def test_calibration_stops_when_it_is_asked_to(tiny, monkeypatch):
         return torch.zeros(1, 3)
 
     monkeypatch.setattr(heldout, "nll", cost)
-    with pytest.raises(SystemExit, match="stopped while calibrating: the predictors are saved"):
+    with pytest.raises(KeyboardInterrupt, match="calibrating: the predictors are saved"):
         heldout.calibrate(tiny, fresh_predictors(), random_rows(3), SCHEDULE, stop=stop)
     assert len(stop) == 1, "one row later"
 

@@ -1,36 +1,27 @@
 """The paper's path against second writings that call nothing of what they check.
 
 Pruned generation, also of rows of several lengths, against a pass over the whole text in plain
-tensor operations; H2O against a loop over its heads; saliency, and copies of published models in
-tiny widths, against transformers. Feature by feature, with stored logits: tests/test_model.py.
+tensor operations; H2O against a loop over its heads; saliency against transformers. Logits against
+transformers: tests/test_model.py feature by feature, tests/test_published.py model by model.
 """
-import json
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 
-from conftest import close, load_cpu
+from conftest import close, draw, load_cpu
 from infer import generate
 from model import Config, Llama, Rope
 from predictor import Predictor
 from prune import Schedule, extend, nll, predictor_scorer, prefill
 from saliency import mark, saliency
 from support.caches import h2o
+from test_published import published
 
 NEW = 6                             # tokens that are decoded
 
 # ------------------------------------------------------------- the pruned model, written out again
-
-
-def draw(module, generator):
-    """Every parameter by chance, biases and norms too; attention is far from uniform."""
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator).to(p.dtype)
-        centre = 1.0 if "norm.weight" in name else 0.0
-        p.data = centre + (0.2 if p.dim() > 1 else 0.3) * noise
-    return module.eval().requires_grad_(False)
 
 
 def normed(x, weight, eps):
@@ -45,6 +36,10 @@ def linear(part, x):
 def frequency(i, c):
     """Radians that pair i turns from one position to the next."""
     f = c.rope_theta ** (-2 * i / c.head_dim)
+    if c.rope_ramp:
+        factor, first, last, _ = c.rope_ramp
+        slowed = min(1, max(0, (i - first) / (last - first)))
+        return f - slowed * (f - f / factor)
     if c.rope_llama3 is None:
         return f
     factor, low, high, original = c.rope_llama3
@@ -59,11 +54,12 @@ def frequency(i, c):
 
 def turned(x, c):
     """Rotary positions of x (T, heads, d): the pair (i, i + d/2) is one complex number."""
+    size = c.rope_ramp[-1] if c.rope_ramp else 1.0
     half = c.head_dim // 2
     each = torch.tensor([frequency(i, c) for i in range(half)], dtype=x.dtype)
     angle = torch.arange(len(x))[:, None, None] * each              # (T, 1, d/2)
     z = torch.complex(x[..., :half], x[..., half:])
-    z = z * torch.polar(torch.ones_like(angle), angle)
+    z = z * torch.polar(torch.full_like(angle, size), angle)
     return torch.cat((z.real, z.imag), dim=-1)
 
 
@@ -72,6 +68,9 @@ def through(block, x, see):
     c = block.c
     h = normed(x, block.attn_norm.weight, c.norm_eps)
     q, k, v = (linear(p, h).view(len(x), -1, c.head_dim) for p in (block.q, block.k, block.v))
+    if c.qk_norm:
+        q = normed(q, block.q_norm.weight, c.norm_eps)
+        k = normed(k, block.k_norm.weight, c.norm_eps)
     q, k = turned(q, c), turned(k, c)
     heads = []
     for i in range(c.n_heads):
@@ -143,11 +142,16 @@ def random_text(n, seed, vocab=70):
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 SLOW = {"tied": True, "rope_theta": 300.0, "rope_llama3": (8.0, 1.0, 4.0, 40.0)}
+QWEN3 = {"qk_norm": True, "head_dim": 10, "norm_eps": 0.2}
 CASES = {       # what the model has, the schedule, the prompt's length
     "grouped": ({}, SCHEDULE, 43),
     "every head its own": ({"n_kv_heads": 4}, Schedule(2, 1, 3, 0.6, sink=2, local=0.07), 50),
     "one for all, wide": ({"n_kv_heads": 1, "head_dim": 14}, Schedule(1, 2, 2, 0.5), 31),
     "bias": ({"qkv_bias": True, "norm_eps": 0.1}, Schedule(1, 1, 4, 0.7, sink=1, local=0.3), 37),
+    "norm of each head": (QWEN3, Schedule(1, 1, 4, 0.6, sink=2), 38),
+    "bias everywhere": ({"qkv_bias": True, "o_bias": True}, Schedule(2, 1, 3, 0.5), 36),
+    "ramp": ({"rope_ramp": (4.0, 0.5, 2.0, 1.3)}, Schedule(1, 2, 2, 0.5), 42),
+    "all turns slow": ({"rope_ramp": (3.0, -1.0, 0.0, 1.0)}, SCHEDULE, 33),
     "window": ({"window": 9}, SCHEDULE, 40),
     "slow turns": (SLOW, Schedule(1, 3, 2, 0.4, sink=6), 45),
     "only the last protected": ({}, Schedule(3, 1, 9, 0.45, sink=0, local=0.0), 34),
@@ -177,7 +181,7 @@ def test_pruned_generation_equals_a_masked_recompute(name, seed):
     assert close(nll(model, text[None], n, *arm)[0], -told.log().float(), 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 9, "qkv_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"window": 9, "qkv_bias": True}, QWEN3])
 def test_rows_of_several_lengths_equal_a_masked_recompute_of_each(changes):
     """One padded batch: every row has its own counts, and decodes at its own positions."""
     model, predictors, arm = case(3, SCHEDULE, **changes)
@@ -240,87 +244,6 @@ def test_h2o_equals_a_loop_over_its_heads(share, heavy):
         assert torch.equal(cache.k[b, g, :cache.n], k[b, g, held])
 
 
-# --------------------------------------------------------------- published models, in tiny widths
-
-
-def scaled(heads, kv_heads, inner, like="Llama", theta=None, **changes):
-    """config.json as published, in the layout of transformers 4; inner: the SwiGLU's width over D.
-
-    Sizes, windows and token numbers are smaller; ratios and switches are the model's own.
-    """
-    theta = {"rope_theta": theta, "attention_dropout": 0.0} if theta else {}
-    return {"architectures": [f"{like}ForCausalLM"], "model_type": like.lower(),
-            "hidden_act": "silu", "hidden_size": 16 * heads, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": round(16 * heads * inner),
-            "num_hidden_layers": 3, "vocab_size": 96, "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
-            "tie_word_embeddings": False, "torch_dtype": "bfloat16", **theta, **changes}
-
-
-def llama3(factor, **changes):
-    """Llama 3.1 and 3.2: slow turns are slowed by `factor`, and several tokens end a text."""
-    slow = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64, "rope_type": "llama3"}
-    return {"theta": 500000.0, "rope_scaling": slow, "attention_bias": False, "mlp_bias": False,
-            "bos_token_id": 80, "eos_token_id": [81, 88, 89], **changes}
-
-
-OLD = {"rope_scaling": None, "pretraining_tp": 1}
-SMOL = {"theta": 100000, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
-        "rope_scaling": None, "is_llama_config": True, "rope_interleaved": False}
-QWEN = {"theta": 1000000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
-        "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}
-MISTRAL = {"like": "Mistral", "theta": 1000000.0, "sliding_window": None}
-MODELS = {
-    "Llama-1 7B": scaled(8, None, 2.6875, rms_norm_eps=1e-6, pad_token_id=0),
-    "Llama-2 7B": scaled(8, 8, 2.6875, **OLD),
-    "Llama-2 70B": scaled(16, 2, 3.5, **OLD),
-    "Llama-3 8B": scaled(8, 2, 3.5, theta=500000.0, bos_token_id=80, eos_token_id=81, **OLD),
-    "Llama-3.1 8B": scaled(8, 2, 3.5, **llama3(8.0)),
-    "Llama-3.2 1B": scaled(8, 2, 4, **llama3(32.0, head_dim=16, tie_word_embeddings=True)),
-    "Mistral 0.1": scaled(8, 2, 3.5, "Mistral", 10000.0, sliding_window=8),
-    "Mistral 0.2": scaled(8, 2, 3.5, **MISTRAL),
-    "Mistral 0.3": scaled(8, 2, 3.5, **MISTRAL, vocab_size=98),
-    "Mistral-Nemo": scaled(8, 2, 2.8, **MISTRAL, head_dim=12),
-    "TinyLlama": scaled(16, 2, 2.75, **OLD, attention_bias=False),
-    "SmolLM2-135M": scaled(9, 3, 8 / 3, **SMOL),
-    "SmolLM2-360M": scaled(15, 5, 8 / 3, **SMOL),
-    "Qwen2-0.5B": scaled(14, 2, 38 / 7, "Qwen2", **QWEN),
-    "Qwen2.5-1.5B": scaled(12, 2, 35 / 6, "Qwen2", **QWEN, use_mrope=False),
-    "Yi-6B": scaled(16, 2, 2.6875, theta=5000000.0, vocab_size=64, pad_token_id=0),
-}
-
-
-def published(folder, config):
-    """transformers' random model of a config.json, saved in the layout of transformers 5."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.disable_progress_bar()
-    (folder / "config.json").write_text(json.dumps(config))
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                          attn_implementation="eager")
-    draw(model, torch.Generator().manual_seed(0))
-    model.get_input_embeddings().weight.data *= 0.05    # as small as trained ones: eps matters
-    model.save_pretrained(folder, max_shard_size="300KB")
-    return model
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_tiny_copies_of_published_models_equal_transformers(name, tmp_path):
-    theirs, tokens = published(tmp_path, MODELS[name]), random_text(20, 7, vocab=64)[None]
-    with torch.no_grad():
-        want = theirs(tokens).logits
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["rope_parameters"]["rope_theta"] == MODELS[name].get("rope_theta", 10000)
-    for config in (saved, MODELS[name]):                # both layouts
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        ours = load_cpu(tmp_path)
-        assert close(ours(tokens), want, 2e-5 * want.abs().max().item())
-        eos = config["eos_token_id"]
-        assert ours.config.eos == tuple(eos if isinstance(eos, list) else [eos])
-        assert ours.config.max_positions == theirs.config.max_position_embeddings
-
-
 # ---------------------------------------------------------------------------------------- saliency
 
 
@@ -347,10 +270,10 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1 8B", "SmolLM2-135M"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "SmolLM2-135M", "Qwen3-0.6B"])
 def test_saliency_equals_hooks_on_transformers(name, tmp_path):
     """Two rows, of 30 and 24 tokens, whose responses begin at 21 and 9."""
-    theirs = published(tmp_path, {**MODELS[name], "num_hidden_layers": 5}).requires_grad_(True)
+    theirs = published(tmp_path, name, num_hidden_layers=5).requires_grad_(True)
     ours, blocks = load_cpu(tmp_path), [1, 3, 5]
     tokens = random_text(60, 8, vocab=64).view(2, 30)
     _, together, _ = mark(ours, tokens, [21, 9], blocks, lengths=[30, 24])

@@ -1,4 +1,5 @@
 """infer.py: generation, the times of both arms, the command lines, the committed toy's answers."""
+import contextlib
 import json
 import math
 import sys
@@ -22,9 +23,13 @@ from prune import Schedule, extend, prefill
 from support import checkpoint, timing
 from support.data import examples
 from support.parsers import infer_parser
+from support.prompts import Prompt
 from support.sampling import fitting
 from support.saved import load_pruning
 from support.timing import random_prompt
+
+# whatever was trained in this clone
+COMMITTED = "--predictors", "checkpoints/toy"
 
 # -------------------------------------------------------------------------------------- generation
 
@@ -219,28 +224,31 @@ def words_of(n):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*words) -> what infer.py prints, run in this process."""
+    """run(*words) -> what infer.py prints, run in this process: out, err."""
     def said(*words):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
-        infer.main()
-        return capsys.readouterr().out
+        with contextlib.redirect_stdout(sys.stdout):        # --json turns it
+            infer.main()
+        return capsys.readouterr()
     return said
 
 
 @pytest.mark.parametrize("n, new", [(60, 5), (LIMIT, 1)])
 def test_as_many_tokens_as_fit_are_the_default(short, run, n, new):
     said = run("--ckpt", short, "--prompt", words_of(n), "--json")
-    result = json.loads(said.splitlines()[-1])
+    result = json.loads(said.out)
     assert result["prompt_tokens"] == n
     assert result["full"]["new_tokens"] <= new
-    assert said.startswith(f"new tokens: {new} instead of 48, because behind {n} prompt tokens no "
-                           "more fit into this model's 64 positions\n")
+    assert (f"new tokens: {new} instead of 48, because behind {n} prompt tokens no more fit into "
+            "this model's 64 positions\n") in said.err
 
 
 def test_what_fits_is_said_only_where_it_matters(tiny, capsys):
-    assert [fitting(tiny, n, None, 48) for n in (1, 465, 466)] == [48, 48, 47]
+    assert [fitting(tiny.config, n, None, 48) for n in (1, 465, 466)] == [48, 48, 47]
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert [fitting(tiny, 512, new, 48) for new in (1, 50)] == [1, 50]
+    assert fitting(tiny.config, 512, 1, 48) == 1
+    with pytest.raises(ValueError, match="beyond this model's 512 positions"):
+        fitting(tiny.config, 512, 50, 48)
     assert capsys.readouterr().out == ""
 
 
@@ -315,7 +323,7 @@ def test_the_demo_compares_what_is_comparable(tiny, tokens, capsys):
     arms = {"full": (None, None), "sdtp": (SCHEDULE, random_scorer(1))}
     runs = {name: generate(tiny, tokens[:1], new, *arm, eos=())
             for (name, arm), new in zip(arms.items(), (8, 2))}
-    told = show_arms(tiny, Letters(), tokens[0].tolist(), runs, SCHEDULE)
+    told = show_arms(tiny, Prompt(tokens[0].tolist(), None, Letters()), runs, SCHEDULE)
     counts = SCHEDULE.counts(60, 6)
     assert told["full"]["kv_bytes"] == 60 * 6 * 2 * 24 * 4
     assert told["sdtp"]["kv_bytes"] == sum(counts) * 2 * 24 * 4
@@ -378,9 +386,9 @@ def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, mo
     ended = leaves("infer.py", "--bench", 32, 33, 34, "--max-new-tokens", 2, "--repeats", 1,
                    "--json")
     assert ended == "infer.py: not measured, see above: prompts of 33 tokens"
-    said = capsys.readouterr().out.splitlines()
-    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in said
-    assert [row["n"] for row in json.loads(said[-1])["bench"]] == [32, 34]
+    out, err = capsys.readouterr()
+    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in err.splitlines()
+    assert [row["n"] for row in json.loads(out)["bench"]] == [32, 34]
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -391,7 +399,7 @@ def test_toy_answers_with_a_third_of_the_tokens():
 
     Pruned at random the toy is mostly wrong.
     """
-    args = infer_parser("", SCORERS).parse_args(["--device", "cpu"])
+    args = infer_parser("", SCORERS).parse_args(["--device", "cpu", *COMMITTED])
     model, schedule, predictors, _ = load_pruning(args)
     assert 0.64 < schedule.pruned < 0.66
     assert len(schedule.after(12)) == schedule.stages
@@ -437,9 +445,9 @@ def test_toy_on_disk_is_small_and_its_tokenizer_round_trips():
 @pytest.mark.beside
 def test_infer_command(tmp_path):
     page = tmp_path / "page.html"
-    code, out, err = command("infer.py", "--json", "--html", page)
+    code, out, err = command("infer.py", *COMMITTED, "--json", "--html", page)
     assert code == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = json.loads(out)
     full, sdtp = result["full"], result["sdtp"]
     assert full["text"].strip() == result["expected"] == sdtp["text"].strip()
     assert sdtp["counts"][-1] < 0.36 * result["prompt_tokens"]
@@ -448,7 +456,7 @@ def test_infer_command(tmp_path):
 
 def test_h2o_of_everything_and_fewer_stages(run):
     words = "--prompt", words_of(60), "--max-new-tokens", 3, "--json"
-    plain, kept, fewer = (json.loads(run(*words, *more).splitlines()[-1])
+    plain, kept, fewer = (json.loads(run(*words, *more).out)
                           for more in ((), ("--h2o", 1), ("--stages", 5)))
     for name in ("full", "sdtp"):
         assert kept[name]["text"] == plain[name]["text"]
@@ -463,19 +471,19 @@ def test_bench_command():
     code, out, err = command("infer.py", "--bench", 64, "--max-new-tokens", 2, "--repeats", 1,
                              "--json")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["bench"][0]["n"] == 64
+    assert json.loads(out)["bench"][0]["n"] == 64
 
 
 REFUSED = [     # options of infer.py, what the one line says
     (("--prompt", " "), "the prompt is empty"),
-    (("--ckpt", "llama-7b"), "no checkpoint 'llama-7b'"),
+    (("--ckpt", "none"), "no checkpoint 'none'"),
     (("--ckpt", "random:llama-1", "--bench", "64"), "unknown shape"),
     (("--prompt", "word " * 3000), "beyond this model's 2048 positions"),
     (("--row", 9999), "held-out rows"),
     (("--first", 3), "predictors stand after blocks"),
     (("--keep", 0), "keep lies in"),
     (("--device", "warp"), "not available here"),
-    (("--prompt-file", "tests"), "directory"),
+    (("--prompt-file", "tests"), "tests: no such prompt file"),
     (("--temperature", "nan"), "expected 0 (greedy) or more"),
     (("--predictors", "none.safetensors"), "no such file"),
     (("--h2o", 0), "have to be shares"),

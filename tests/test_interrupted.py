@@ -2,6 +2,8 @@
 import argparse
 import gc
 import json
+import os
+import pty
 import random
 import re
 import subprocess
@@ -31,27 +33,29 @@ STATUS = Path("/proc/self/status")
 def killed(words, pattern, least, after):
     """Start a command and kill it; no signal handler runs.
 
-    The kill comes `after` seconds behind the moment when it prints a number >= least in place of
-    the group of the pattern.
+    The kill comes `after` seconds behind the moment when its progress, on a terminal, shows a
+    number >= least in place of the group of the pattern.
     """
-    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    terminal, inside = pty.openpty()
+    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=inside)
+    os.close(inside)
     seen = ""
     while not any(int(number) >= least for number in re.findall(pattern, seen)):
-        more = running.stdout.read(1)
-        seen += more
-        assert more, seen
+        assert running.poll() is None, seen
+        seen += os.read(terminal, 1000).decode()
     time.sleep(after)
     running.kill()
     assert running.wait() == -9
+    os.close(terminal)
 
 
 def finished(words):
-    """What a command prints that runs to its end."""
+    """What a command prints that runs to its end: stdout, stderr."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def assert_same_file(a, b):
@@ -75,10 +79,10 @@ def test_five_kills_change_nothing_in_training(tmp_path):
     step = 0
     for _ in range(5):
         step += moments.randint(1, 3)
-        killed(resumed, r"step (\d+)/18", step, moments.uniform(0, 0.2))
+        killed(resumed, r"(\d+)/18 steps", step, moments.uniform(0, 0.2))
         for name in names:          # whole, whenever the kill came
             load_tensors(broken / name)
-    assert "going on after step" in finished(resumed)
+    assert "going on after step" in finished(resumed)[0]
     for name in names:
         assert_same_file(whole / name, broken / name)
     assert not list(broken.glob(".*")), "something is left lying about"
@@ -92,10 +96,10 @@ def test_a_killed_evaluation_goes_on_row_by_row(tmp_path):
     killed(broken, r"(\d+)/12 rows", 4, 0.05)
     with (tmp_path / "rows").open("a") as f:    # as if the kill had come in the middle of a line
         f.write('{"row": 5, "full": {"answ')
-    out = finished(broken)
-    whole = finished([*words, "--rows-file", tmp_path / "again"])
-    assert "rows are in" in out
-    found, expected = (json.loads(text.splitlines()[-1])["rows"] for text in (out, whole))
+    out, err = finished(broken)
+    whole, _ = finished([*words, "--rows-file", tmp_path / "again"])
+    assert "rows are in" in err
+    found, expected = (json.loads(text)["rows"] for text in (out, whole))
     assert found == expected
 
 
@@ -113,7 +117,8 @@ def toy():
     """-> the toy, its schedule, its scorer, and a long text as token ids."""
     parser = argparse.ArgumentParser()
     add_pruning_arguments(parser)
-    model, schedule, predictors, _ = load_pruning(parser.parse_args(["--device", "cpu"]))
+    words = ["--device", "cpu", "--predictors", "checkpoints/toy"]
+    model, schedule, predictors, _ = load_pruning(parser.parse_args(words))
     scorer = make_scorer("predictor", model, schedule, predictors)
     rows = read_rows(ROOT / "checkpoints" / "toy" / "train.jsonl", "heldout")
     text = "\n".join(row["instruction"] for row in rows[:8])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import golden
 import model as model_module
@@ -60,6 +61,15 @@ def test_long_prompts_go_through_the_feed_forward_in_pieces(tiny, tokens, monkey
     assert pieces == [16, 16, 16, 12]
 
 
+def test_a_norm_of_each_head_adds_no_matrix_product(tokens):
+    found = []
+    for changes in ({}, {"qk_norm": True, "o_bias": True}):
+        with FlopCounterMode(display=False) as counter:
+            tiny_model(**changes)(tokens)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
+
+
 def test_prompt_beyond_the_positions(golden_model):
     model = golden_model("llama2")
     longest = torch.zeros(1, 512, dtype=torch.long)
@@ -106,7 +116,7 @@ CHUNKS = {
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3", "mistral", "bias", "yarn", "qwen3"])
 def test_feeding_a_cache_equals_the_full_forward(golden_model, name, chunks):
     model, tokens = golden_model(name), golden.tokens(name)
     got = feed(model, tokens, CHUNKS[chunks])
@@ -117,7 +127,7 @@ KEPT = torch.tensor([[0, 1, 2, 5, 9, 10, 13, 14, 20, 21, 25, 27],
                      [0, 3, 4, 6, 7, 8, 11, 12, 16, 24, 26, 27]])
 
 
-@pytest.mark.parametrize("name", ["gqa", "mistral"])
+@pytest.mark.parametrize("name", ["gqa", "mistral", "linear", "yarn", "qwen3"])
 def test_dropped_tokens_leave_gaps_in_the_positions(golden_model, name):
     """Survivors at their own positions: in one pass, through a cache, and as a mask, all alike."""
     model, tokens = golden_model(name), golden.tokens(name)

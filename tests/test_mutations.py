@@ -156,7 +156,7 @@ def make_tokenizer():
 
 def train_half(place):
     """Leave the predictors and the state of a training that a signal stopped after step 1."""
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(KeyboardInterrupt):
         train_on(place, stop=[signal.SIGTERM])
     settle(place / "predictors.safetensors", command="python train.py")
     settle(place / "predictors_state.safetensors")

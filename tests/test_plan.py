@@ -66,11 +66,11 @@ def test_a_tied_head_is_held_once():
 def test_the_command_prints_the_plan(found):
     code, out, err = command("-m", "lab.plan", "--lengths", 32768, "--json")
     assert code == 0, err
-    told = json.loads(out.splitlines()[-1])
+    told = json.loads(out)
     assert told["command"] == "python -m lab.plan --lengths 32768 --json"
     assert told["rows"] == [found]
-    assert "weights 21.3 GB; sends 4.59 MB a token" in out
-    assert "1.62x (1.65x, 1.55x); decode 1.02x" in out
+    assert "weights 21.3 GB; sends 4.59 MB a token" in err
+    assert "1.62x (1.65x, 1.55x); decode 1.02x" in err
 
 
 @pytest.mark.parametrize("words, message", [

@@ -111,7 +111,8 @@ def test_every_arm_on_the_toy():
     tokenizer = Tokenizer("toy")
     parser = command_parser("")
     add_pruning_arguments(parser)
-    model, schedule, predictors, _ = load_pruning(parser.parse_args([]))
+    args = parser.parse_args(["--predictors", "checkpoints/toy"])
+    model, schedule, predictors, _ = load_pruning(args)
     row = json.loads((TOY / "train.jsonl").read_text().splitlines()[-1])
     item = quality.as_item(encode_row(tokenizer, row))._replace(texts=(row["response"],))
     names = ["full", "full+h2o", "full+local", "predictor", "prior", "predictor@3",
@@ -254,15 +255,15 @@ def test_the_command_goes_on_with_a_larger_limit(tmp_path):
     log = tmp_path / "rows.jsonl"
     words = ("-m", "lab.quality", "--scorers", "full", "random", "predictor", "--rows-file", log,
              "--json")
-    for limit in (1, 3):
-        code, out, err = command(*words, "--limit", limit)
+    for limit, more in ((1, ()), (3, ("--quiet",))):        # which changes nothing of the rows
+        code, out, err = command(*words, "--limit", limit, *more)
         assert code == 0, err
-        result = json.loads(out.splitlines()[-1])
+        result = json.loads(out)
         assert [row["scorer"] for row in result["rows"]] == ["full", "random", "predictor"]
         for row in result["rows"]:
             assert row["n"] == limit
             assert {"metric", "value", "stderr", "n", "mean_keep"} <= set(row)
-    assert "1 rows are in" in out and len(log.read_text().splitlines()) == 4
+    assert "1 rows are in" in err and len(log.read_text().splitlines()) == 4
     assert result["command"].startswith("python -m lab.quality --scorers full random")
 
 
@@ -274,7 +275,7 @@ def test_a_task_with_words_of_its_own(tmp_path):
     code, out, err = command("-m", "lab.quality", "--task", "long", "--data", data, "--json",
                              "--max-new-tokens", 4, "--rows-file", tmp_path / "rows")
     assert code == 0, err
-    found = json.loads(out.splitlines()[-1])["rows"]
+    found = json.loads(out)["rows"]
     metrics = list(dict.fromkeys(row["metric"] for row in found))
     assert metrics == ["f1", "nll", "prefill_speedup", "e2e_speedup"]
     assert [row["scorer"] for row in found][:4] == ["full", "predictor", "compress", "random"]

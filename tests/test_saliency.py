@@ -111,7 +111,7 @@ def test_heat_map_has_a_line_per_token():
 def test_the_command_draws_the_figure(figure):
     code, out, err = command("saliency.py", "--figure", figure, "--limit", 2, "--json")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["figure"] == figure
+    assert json.loads(out)["figure"] == figure
 
 
 def test_a_prompt_without_its_response_is_refused(leaves):

@@ -75,7 +75,8 @@ def test_fewer_stages_are_fine(saved, tiny):
         _, _, trace = prefill(tiny, prompt, schedule, predictor_scorer(predictors))
         assert [stage.block for stage in trace] == [1, 3][:stages]
     for words in (["--stages", "5"], ["--stages", "5", "--scorer", "random"]):
-        args = infer_parser("", SCORERS).parse_args([*words, "--device", "cpu"])
+        words += ["--device", "cpu", "--predictors", "checkpoints/toy"]
+        args = infer_parser("", SCORERS).parse_args(words)
         model, schedule, _, _ = load_pruning(args)
         assert schedule.after(len(model.blocks)) == [2, 3, 4, 5, 6]
 
@@ -257,7 +258,8 @@ def test_a_disk_that_is_full_at_the_end_of_a_training(tmp_path):
     path = tmp_path / "predictors.safetensors"
     path.write_bytes(b"the previous one")
     code, _, err = command("train.py", "--steps", 1, "--accum", 1, "--report-rows", 0,
-                           "--limit", 4, "--out", tmp_path, preexec_fn=limited(50000))
+                           "--limit", 4, "--quiet", "--out", tmp_path,
+                           preexec_fn=limited(50000))
     assert code == 1
     assert len(err.splitlines()) == 1, err
     assert err.startswith(f"train.py: {path}: not written")

@@ -93,9 +93,9 @@ def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, mo
     ended = leaves("lab/speed.py", "--lengths", 32, 33, "--max-new-tokens", 2, "--repeats", 1,
                    "--profile", "--json")
     assert ended == "speed.py: not measured, see above: prompts of 33 tokens"
-    said = capsys.readouterr().out.splitlines()
-    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in said
-    found = json.loads(said[-1])
+    out, err = capsys.readouterr()
+    assert "     33  not measured: out of memory. Tried to allocate 64 GB" in err.splitlines()
+    found = json.loads(out)
     assert [row["n"] for row in found["bench"]] == [32]
     assert found["bench"][0]["full"]["peak_bytes"] is None      # a CPU tells none of an arm
     assert set(found["profile"]) == {"full", "sdtp"}
@@ -140,7 +140,8 @@ def test_transformers_runs_on_the_same_weights(changes, quick):
         assert theirs[hf_name(name)].data_ptr() == p.data_ptr(), "shared, not copied"
 
 
-@pytest.mark.parametrize("changes", [{"window": 11}, {"qkv_bias": True}])
+@pytest.mark.parametrize("changes", [{"window": 11}, {"qkv_bias": True}, {"o_bias": True},
+                                     {"qk_norm": True}, {"rope_ramp": (4.0, -1.0, 0.0, 1.0)}])
 def test_what_transformers_llama_cannot_be_is_refused(changes):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="are not compared"):
@@ -165,7 +166,7 @@ def test_the_command_writes_what_the_tables_and_the_picture_read(tmp_path):
     code, out, err = command("-m", "lab.speed", "--lengths", 64, 96, "--max-new-tokens", 2,
                              "--repeats", 1, "--png", tmp_path / "cost.png", "--json")
     assert code == 0, err
-    found = json.loads(out.splitlines()[-1])
+    found = json.loads(out)
     assert [row["n"] for row in found["bench"]] == [64, 96]
     assert found["command"].startswith("python -m lab.speed --lengths 64 96 ")
     for table in (speed_arms, speed_ratios, speed_short):

@@ -6,9 +6,10 @@ import pytest
 
 import golden
 from conftest import SCHEDULE, needs, predictors_for, real_weights
-from support import data
-from support.data import TEMPLATES, encode_row, prompt_text
+from support import prompts
+from support.data import encode_row
 from support.saved import load_predictors, save_predictors
+from support.templates import TEMPLATES, chosen_template, prompt_notes, prompt_text
 from support.tokenizer import Tokenizer
 
 # The Jinja templates in the models' tokenizer_config.json, cut down to what they do with a system
@@ -60,6 +61,8 @@ PUBLISHED = {
                 ("the same, as first published", "<s>", instructions("[INST] ", " [/INST]"))],
     "mistral-v3": [("mistralai/Mistral-7B-Instruct-v0.3", "<s>",
                     instructions("[INST] ", "[/INST]"))],
+    "mistral-nemo": [("mistralai/Mistral-Nemo-Instruct-2407", "<s>",
+                      instructions("[INST]", "[/INST]"))],
 }
 CASES = [pytest.param(name, *published, id=f"{name}, {published[0]}")
          for name, several in PUBLISHED.items() for published in several]
@@ -217,7 +220,9 @@ def options(**given):
 
 
 def test_predictors_remember_their_template_and_its_system_text():
-    chosen = data.chosen_template
+    def chosen(args, metadata):
+        return chosen_template(args, metadata)[:2]
+
     known = {"template": "qwen2", "system": "Be brief."}
     assert chosen(options(), {}) == ("plain", None)
     assert chosen(options(), {"template": "qwen2"}) == ("qwen2", None)
@@ -230,26 +235,21 @@ def test_predictors_remember_their_template_and_its_system_text():
 
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 def test_what_a_training_notes_is_what_its_predictors_use(system, tiny, tmp_path):
-    notes = data.prompt_notes(options(template="qwen2", system=system))
+    notes = prompt_notes(options(template="qwen2", system=system))
     path = tmp_path / "p.safetensors"
     save_predictors(path, predictors_for(tiny), tiny.config, SCHEDULE, **notes)
     metadata = load_predictors(path, tiny)[1]
-    assert data.chosen_template(options(), metadata) == ("qwen2", system)
-
-
-class Text:
-    """A tokenizer whose tokens are the text."""
-
-    def encode(self, text):
-        return text
+    assert chosen_template(options(), metadata)[:2] == ("qwen2", system)
 
 
 def test_the_prompt_of_an_option_or_a_file(tmp_path):
     brief = options(prompt="Hi", template="chatml", system="Be brief.")
-    assert data.chosen_prompt(brief, Text(), {}) == (LITERALLY["chatml"][1], None)
+    chosen = chosen_template(brief, {})
+    assert prompts.chosen_prompt(brief, chosen) == (LITERALLY["chatml"][1], None)
     (tmp_path / "p.txt").write_text("Hi", encoding="utf-8")
     told = options(prompt_file=tmp_path / "p.txt")
-    assert data.chosen_prompt(told, Text(), {"template": "qwen2"}) == (LITERALLY["qwen2"][0], None)
+    chosen = chosen_template(told, {"template": "qwen2"})
+    assert prompts.chosen_prompt(told, chosen) == (LITERALLY["qwen2"][0], None)
 
 
 def test_the_rows_have_the_system_text(tmp_path):
