@@ -52,13 +52,12 @@ def training(config, n, response, schedule, size):
     block = 2 * inner(c, n, size)               # and its gradients
     pairs = 4 * c.n_heads * n * n
     logits = 4 * 4 * response * c.vocab         # with softmax and gradient
+    masked = MASKED * pairs
+    few, whole = (c.n_blocks + 1) * states, c.n_blocks * inner(c, n, size)
+    kept_marking = few if is_long(n, c.dim, quadratic=False) else whole
+    kept_pruning = whole + (c.n_blocks - schedule.first) * MASKED_KEPT * pairs
     if is_long(n, c.dim):
-        kept_marking = kept_pruning = (c.n_blocks + 1) * states
-        masked = MASKED * pairs
-    else:
-        kept_marking = c.n_blocks * inner(c, n, size)
-        kept_pruning = kept_marking + (c.n_blocks - schedule.first) * MASKED_KEPT * pairs
-        masked = MASKED * pairs
+        kept_pruning = few
     marking = kept_marking + S * states + block + logits
     pruning = kept_pruning + block + masked + logits
     return predictor_bytes(c, S) + 2 * S * states + max(marking, pruning)

@@ -159,5 +159,5 @@ def test_a_long_rows_marking_pass_is_the_same_computed_again(monkeypatch):
     model = load("toy", dtype=torch.float32, device="cpu")
     tokens = torch.arange(60)[None] % model.config.vocab
     kept = saliency(model, tokens, 50, [2, 5, 9])
-    monkeypatch.setattr(recompute, "LONG", 8)
+    monkeypatch.setattr(recompute, "LARGE", 8)
     assert kept.equal(saliency(model, tokens, 50, [2, 5, 9]))
