@@ -26,12 +26,13 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
 scorers: full; predictor, prior (the same with its calibrated preference for a position), random,
-       recent, earliest, norm, attention, attention16; oracle:norm_gx and so on (they need the
-       answer: ceilings, no methods); compress (the predictors' scores, but the tokens leave the
-       text before block 1). Each may be followed by @S (only the first S stages; the paper's
-       SDTP-low) and by +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency
-       or by recency alone, once the prompt is read: an answer's first token still comes from the
-       whole prompt).
+       recent, earliest, norm, attention, attention16, expected (expected attention); oracle:norm_gx
+       and so on (they need the answer: ceilings, no methods); compress (the predictors' scores, but
+       the tokens leave the text before block 1), truncate (so do all but the first tokens). Each
+       may be followed by @S (only the first S stages; the paper's SDTP-low) or @cut (one cut, where
+       the first stage stands, to the same mean number of tokens), and by +h2o or +local (KV caches
+       compressed to --h2o, by heavy hitters and recency or by recency alone, once the prompt is
+       read: an answer's first token still comes from the whole prompt).
 
 --min-prompt, --max-prompt, --context, --template, --system and --question shape the tasks nll and
 long (text: --max-prompt alone). ROUGE-L needs the package rouge-score.
@@ -54,6 +55,7 @@ import torch
 from torch import nn
 
 from infer import generate, greedy
+from lab.schedules import one_cut
 from lab.scorers import SCORERS, make_scorer, oracle_scorer
 from lab.tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_l, text_items
 from model import KVCache, Llama, Tokenizer, positions
@@ -75,7 +77,8 @@ from support.timing import clock
 # -------------------------------------------------------------------------------------------- arms
 
 ORACLES = tuple(f"oracle:{reduce}" for reduce in REDUCE)
-ARMS = ("full", "compress", *SCORERS, *ORACLES)
+ARMS = ("full", "compress", "truncate", *SCORERS, *ORACLES)
+UNPRUNED_ARMS = ("full", "compress", "truncate")   # every block reads all that is given to it
 HEAVY = {"+h2o": 0.5, "+local": 0.0}    # the part of a compressed cache that is chosen by weight
 
 
@@ -84,6 +87,11 @@ class Arm(NamedTuple):
     scorer: str                     # one of ARMS
     stages: int                     # only the first so many
     cache: Callable                 # the kind of cache
+    cut: bool = False               # one cut instead of stages
+
+    def schedule(self, schedule, blocks):
+        """What becomes of a schedule under this arm, in a model of so many blocks."""
+        return one_cut(schedule, blocks) if self.cut else replace(schedule, stages=self.stages)
 
 
 def parse_arm(name, stages, share=0.4):
@@ -92,13 +100,16 @@ def parse_arm(name, stages, share=0.4):
     stages: how many the schedule has; share: what a compressed cache keeps. Raises ValueError for
     a name that says nothing.
     """
-    match = re.fullmatch(r"([a-z_0-9:]+?)(?:@(\d+))?(\+h2o|\+local)?", name)
+    match = re.fullmatch(r"([a-z_0-9:]+?)(?:@(\d+|cut))?(\+h2o|\+local)?", name)
     need(match and match[1] in ARMS and match[2] != "0",
-         f"unknown scorer {name!r}; there are {', '.join(ARMS)}, each with @STAGES and +h2o or "
-         "+local after it")
+         f"unknown scorer {name!r}; there are {', '.join(ARMS)}, each with @STAGES or @cut and "
+         "+h2o or +local after it")
     scorer, first, compressed = match.groups()
     cache = h2o(share, HEAVY[compressed]) if compressed else KVCache
-    return Arm(scorer, min(stages, int(first or stages)), cache)
+    cut = first == "cut"
+    if first and not cut:
+        stages = min(stages, int(first))
+    return Arm(scorer, stages, cache, cut)
 
 
 def default_arms(task, trained, prior, tp):
@@ -114,7 +125,7 @@ def default_arms(task, trained, prior, tp):
     if not trained:
         names = [name for name in names if name != "compress"]
     if tp:
-        names = [name for name in names if not name.startswith("attention")]
+        names = [name for name in names if not name.startswith(("attention", "expected"))]
     own = ["predictor", "prior"] if prior else ["predictor"]
     return ["full", *(own if trained else ()), *names]
 
@@ -128,13 +139,22 @@ def compress(model, tokens, schedule, scorer):
     Every stage scores the whole prompt in an unpruned pass; the tokens of lowest mean rank leave
     the text. k is the schedule's mean number of tokens per block.
     """
-    N = tokens.shape[1]
-    counts = schedule.counts(N, len(model.blocks))
-    k = round(sum(counts) / len(counts))
     _, _, trace = prefill(model, tokens, replace(schedule, keep=1.0), scorer)
     ranks = [stage.score.argsort(1).argsort(1) for stage in trace]
-    rank_sum = sum(ranks).float()                                   # (1, N)
-    index = select(rank_sum, positions(tokens), k, N, schedule.sink, schedule.local)
+    return shortened(tokens, sum(ranks).float(), schedule, len(model.blocks))
+
+
+def truncate(tokens, schedule, blocks):
+    """The first tokens and the protected last ones: tokens (1, N) -> (1, k)."""
+    return shortened(tokens, -positions(tokens).float(), schedule, blocks)
+
+
+def shortened(tokens, scores, schedule, blocks):
+    """A prompt (1, N) of its k top-scored tokens, k the schedule's mean number in a block."""
+    N = tokens.shape[1]
+    counts = schedule.counts(N, blocks)
+    k = round(sum(counts) / len(counts))
+    index = select(scores, positions(tokens), k, N, schedule.sink, schedule.local)
     return tokens.gather(1, index)
 
 
@@ -221,14 +241,16 @@ def measure_arm(setup, item, arm, seed, known):
     model = setup.model
     prompt = text = torch.tensor([item.prompt], device=model.device)
     L, N = len(model.blocks), prompt.shape[1]
-    schedule = replace(setup.schedule, stages=arm.stages)
+    schedule = arm.schedule(setup.schedule, L)
     scorer = choose_scorer(setup, item, arm, schedule, seed, known)
     spent = 0.0
     if arm.scorer == "compress":    # it scores the whole prompt first
         start = clock(model.device)
         text = compress(model, prompt, schedule, scorer)
         spent = clock(model.device) - start
-    if arm.scorer in ("full", "compress"):
+    elif arm.scorer == "truncate":
+        text = truncate(prompt, schedule, L)
+    if arm.scorer in UNPRUNED_ARMS:
         schedule, scorer = UNPRUNED, None
     used = schedule, scorer, arm.cache
     answers, seconds = read_answers(model, text, item.answers, *used)
@@ -241,7 +263,7 @@ def measure_arm(setup, item, arm, seed, known):
 
 def choose_scorer(setup, item, arm, schedule, seed, known):
     """The scorer of an arm, the same on all processes; None for the full model."""
-    if arm.scorer == "full":
+    if arm.scorer in ("full", "truncate"):
         return None
     if arm.scorer in ORACLES:
         reduce = arm.scorer.removeprefix("oracle:")

@@ -1,5 +1,5 @@
 """Beyond the paper: a schedule that keeps any share of the prompt at each stage, not r^s."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prune import Schedule
 from support.files import need
@@ -30,3 +30,20 @@ def with_shares(schedule, shares):
     """The same places and protected tokens, other shares."""
     return SharedSchedule(schedule.first, schedule.step, schedule.stages, schedule.keep,
                           schedule.sink, schedule.local, tuple(shares))
+
+
+MANY = 10**6        # tokens of a prompt so long that no protected one matters
+
+
+def one_cut(schedule, blocks):
+    """One stage, after the same block as the schedule's first, that costs as much.
+
+    It leaves what the schedule leaves in the mean of the blocks behind it. A schedule without
+    stages stays.
+    """
+    after = schedule.after(blocks)
+    if not after:
+        return schedule
+    behind = schedule.counts(MANY, blocks)[after[0]:]
+    keep = sum(behind) / len(behind) / MANY
+    return replace(schedule, stages=1, keep=keep)

@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from model import PAD, visible
+from model import PAD, rotate, visible
 from prune import predictor_scorer
 from support.files import need
 
 SCORERS = ("predictor", "prior", "random", "recent", "earliest", "norm", "attention",
-           "attention16")
+           "attention16", "expected")
 
 
 def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
@@ -29,6 +29,8 @@ def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
         return attention_scorer(model, schedule, last=16)
     if name == "attention":
         return attention_scorer(model, schedule)
+    if name == "expected":
+        return expected_scorer(model, schedule)
     if name == "random":
         return random_scorer(seed)
     return {"recent": recent_scorer, "earliest": earliest_scorer, "norm": norm_scorer}[name]()
@@ -80,6 +82,40 @@ def attention_scorer(model, schedule, last=None, chunk=256):
             real = pos[:, None, queries, None] < PAD    # padding attends, but does not count
             received += (weights * real).sum((1, 2))
         return received
+    return scorer
+
+
+def expected_scorer(model, schedule, future=512):
+    """Expected attention: what the next `future` queries would give a token, times its value.
+
+    The queries to come are taken for a Gaussian with the mean m and the covariance C of the
+    prompt's own in the block after the stage, turned to the mean of their positions: the mean of
+    exp(q . k / sqrt d) is exp(m . k / sqrt d + k . C k / 2 d). Its share among all tokens times the
+    value's norm is summed over heads.
+    """
+    after = schedule.after(len(model.blocks))
+
+    def scorer(stage, x, pos):
+        need(not (pos == PAD).any(), "expected attention reads rows of one length")
+        block = model.blocks[after[stage]]
+        need(block.c.n_heads == model.config.n_heads, "expected attention is not summed over the "
+             "heads of other processes: leave out --tp")
+        _, k, v = block.qkv(x, model.rope(pos, 0))
+        h = block.attn_norm(x)
+        q = block.q_norm(block.q(h).unflatten(-1, (-1, block.c.head_dim)))
+        q = q.transpose(1, 2).float()                                       # (B, H, n, d)
+        mean = q.mean(2, keepdim=True)
+        cov = (q - mean).mT @ (q - mean) / q.shape[2]                       # (B, H, d, d)
+        end = pos.max().item() + 1
+        rope = model.rope(torch.arange(end, end + future, device=x.device)[None], 0)
+        cos, sin = (t.float().mean(2, keepdim=True) for t in (rope.cos, rope.sin))
+        mean = rotate(mean, cos, sin)
+        cov = rotate(rotate(cov, cos, sin).mT, cos, sin)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).float() for t in (k, v))
+        d = q.shape[-1]
+        logit = k @ mean.mT / math.sqrt(d)                                  # (B, H, n, 1)
+        logit = logit[..., 0] + ((k @ cov) * k).sum(-1) / (2 * d)
+        return (logit.softmax(-1) * v.norm(dim=-1)).sum(1)
     return scorer
 
 

@@ -14,7 +14,7 @@ from lab.quality import Metric, Setup, measure, measure_rows, parse_arm, ratio, 
 from lab.scorers import earliest_scorer, random_scorer
 from lab.tasks import Answer, Item
 from model import KVCache, Tokenizer
-from prune import nll, prefill
+from prune import Schedule, nll, prefill
 from support.caches import H2OCache, h2o
 from support.data import encode_row
 from support.options import add_pruning_arguments, command_parser
@@ -25,11 +25,11 @@ from support.saved import load_pruning
 
 
 def test_arms():
-    assert parse_arm("oracle:norm_g", 9) == ("oracle:norm_g", 9, KVCache)
-    assert parse_arm("full", 9) == ("full", 9, KVCache)
+    assert parse_arm("oracle:norm_g", 9) == ("oracle:norm_g", 9, KVCache, False)
+    assert parse_arm("full", 9) == ("full", 9, KVCache, False)
     assert parse_arm("random@12", 9).stages == 9
-    scorer, stages, cache = parse_arm("predictor@5+h2o", 9, 0.3)
-    assert (scorer, stages, cache.func) == ("predictor", 5, H2OCache)
+    scorer, stages, cache, cut = parse_arm("predictor@5+h2o", 9, 0.3)
+    assert (scorer, stages, cache.func, cut) == ("predictor", 5, H2OCache, False)
     assert cache.keywords == {"share": 0.3, "heavy": 0.5}
     local = parse_arm("full+local", 9, 0.2)
     assert local[:2] == ("full", 9) and local.cache.keywords == {"share": 0.2, "heavy": 0.0}
@@ -42,10 +42,28 @@ def test_arms_that_say_nothing_are_refused(name):
         parse_arm(name, 9)
 
 
+@pytest.mark.parametrize("n", [400, 1000])
+@pytest.mark.parametrize("schedule", [Schedule.scaled(12), Schedule.scaled(30), Schedule()])
+def test_one_cut_costs_as_much_as_the_stages(schedule, n):
+    blocks = {3: 32, 2: 30}.get(schedule.step, 12) if schedule.first > 2 else 12
+    arm = parse_arm("earliest@cut", schedule.stages)
+    cut = arm.schedule(schedule, blocks)
+    assert cut.after(blocks) == schedule.after(blocks)[:1]
+    ours, theirs = sum(cut.counts(n, blocks)), sum(schedule.counts(n, blocks))
+    assert abs(ours - theirs) <= blocks
+    assert arm.schedule(Schedule(stages=0), blocks) == Schedule(stages=0)
+
+
+def test_truncation_keeps_the_first_and_the_protected(tokens):
+    text = quality.truncate(tokens[:1], SCHEDULE, 6)
+    k = round(sum(SCHEDULE.counts(60, 6)) / 6)
+    assert text.tolist() == torch.cat((tokens[:1, :k - 6], tokens[:1, -6:]), 1).tolist()
+
+
 def test_default_arms_suit_the_task():
     own = ["full", "predictor", "prior"]
     rules = ["random", "recent", "earliest", "norm"]
-    attention = ["attention", "attention16"]
+    attention = ["attention", "attention16", "expected"]
     oracles = ["oracle:norm_gx", "oracle:norm_g", "oracle:abs_dot"]
     arms = partial(quality.default_arms, trained=True, prior=0.5, tp=False)
     assert arms("nll") == [*own, *rules, *attention, *oracles]

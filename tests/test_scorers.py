@@ -1,13 +1,14 @@
 """lab/scorers.py: what else may rank the tokens, and how a prior is added."""
+import copy
 from itertools import product
 
 import pytest
 import torch
 
 from conftest import SCHEDULE, close, predictors_for
-from lab.scorers import (SCORERS, attention_scorer, make_scorer, oracle_scorer, random_scorer,
-                         with_prior)
-from model import PAD, positions
+from lab.scorers import (SCORERS, attention_scorer, expected_scorer, make_scorer, oracle_scorer,
+                         random_scorer, with_prior)
+from model import PAD, positions, rotate
 from predictor import score
 from prune import predictor_scorer, prefill
 from saliency import saliency
@@ -116,6 +117,27 @@ def test_attention_is_the_same_in_chunks(tiny, tokens, last):
     whole = attention_scorer(tiny, SCHEDULE, last)(0, x, pos)
     chunks = attention_scorer(tiny, SCHEDULE, last, chunk=7)(0, x, pos)
     assert close(whole, chunks, 1e-5)
+
+
+def test_expected_attention_is_the_mean_over_many_queries(tiny, tokens):
+    """Drawn from the Gaussian, queries at one future position give the same scores."""
+    model, after = copy.deepcopy(tiny), SCHEDULE.after(6)[0]
+    block = model.blocks[after]
+    block.q.weight.data *= 0.3      # large logits would need too many queries
+    x, pos = model.embed(tokens[:1]), positions(tokens[:1])
+    found = expected_scorer(model, SCHEDULE, future=1)(0, x, pos)
+    _, k, v = block.qkv(x, model.rope(pos, 60))
+    q = block.q(block.attn_norm(x)).unflatten(-1, (4, -1)).transpose(1, 2)[0]      # (H, n, d)
+    rope = model.rope(torch.tensor([[60]]), 61)
+    generator, scores = torch.Generator().manual_seed(0), 0.0
+    for h in range(4):
+        deviation = q[h] - q[h].mean(0)
+        noise = torch.randn(200_000, 60, generator=generator) @ deviation / 60 ** 0.5
+        drawn = rotate((q[h].mean(0) + noise)[None, None], rope.cos, rope.sin)[0, 0]
+        key, value = k[0, h * k.shape[1] // 4], v[0, h * k.shape[1] // 4]
+        weight = torch.exp(drawn @ key.T / q.shape[-1] ** 0.5).mean(0)
+        scores = scores + weight / weight.sum() * value.norm(dim=-1)
+    assert close(found[0], scores, 1e-3)
 
 
 def test_oracle_reads_the_saliency_at_original_positions(tiny, tokens):
