@@ -2,6 +2,7 @@
 
 What is not there is refused in one line that says how to get it. Nothing is downloaded here.
 """
+import difflib
 import os
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def absent(text):
         if place.is_dir():
             return (f"{place} has no config.json: a checkpoint is a directory in Hugging Face "
                     "layout (config.json, safetensors, tokenizer)")
+    near = nearest(path.name)
+    if near:
+        return f"no checkpoint {text!r}: do you mean --ckpt {near}?"
     if is_hub_id(text):
         return (f"{text} is not on this disk: `hf download {text}` gets it (pip install "
                 f"huggingface_hub), or give it a short name with --local-dir checkpoints/"
@@ -95,6 +99,13 @@ def absent(text):
     return (f"no checkpoint {text!r}: expected a directory with config.json, under checkpoints/ or "
             "as given, or a Hub id (README.md says how to get one; random:llama-7b, "
             "random:mistral-7b, random:llama-3-8b need none)")
+
+
+def nearest(name):
+    """The checkpoint under checkpoints/ that a name not found there looks like, or ""."""
+    names = [place.parent.name for place in CHECKPOINTS.glob("*/config.json")]
+    found = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.8)
+    return found[0] if found else ""
 
 
 def only_unsafe(root):

@@ -60,10 +60,12 @@ def check_state(out, args, recipe, config, rows):
         for what, mine, its in zip(("another recipe", "another model", "other rows"), ours, theirs):
             need(mine == its, f"{state}: it belongs to a run with {what}: repeat that command, or "
                               "begin anew with --restart")
-    else:
-        steps = told[0]["steps"]
-        need(done >= steps, f"{state}: a run stopped at step {done} of {steps} is here: --resume "
-                            "goes on, --restart begins anew")
+        return
+    steps = told[0]["steps"]
+    need(done >= steps, f"{state}: a run stopped at step {done} of {steps} is here: --resume goes "
+                        "on, --restart begins anew")
+    need(not out.is_file(), f"{out}: a finished run of {steps} steps is here: --restart begins "
+                            "anew, another --out keeps it")
 
 
 class Run:
@@ -141,6 +143,7 @@ class Run:
         """Write predictors and state after `step` steps; the first process does."""
         if rank() == 0:
             save_predictors(self.out, self.predictors, self.config, self.schedule, steps=step,
+                            steps_planned=self.recipe.steps,
                             reduce=self.recipe.reduce, **self.notes,
                             command=command_line(), **more)
             save_state(self.state, self.predictors, self.optimizer, step, self.log, self.settings)

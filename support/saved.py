@@ -145,7 +145,14 @@ def read_pruning(args):
     schedule = replace(made, **given)
     if by_predictors(args):
         check_stages(path, made, schedule)          # stages elsewhere are refused
-    return Pruning(config, schedule, predictors, metadata, f"predictors {path}")
+    source = f"predictors {path}{unfinished(metadata)}"
+    return Pruning(config, schedule, predictors, metadata, source)
+
+
+def unfinished(metadata):
+    """What to say of predictors whose training was stopped; "" of others."""
+    steps, planned = metadata.get("steps"), metadata.get("steps_planned")
+    return f" (stopped at step {steps} of {planned})" if planned and steps != planned else ""
 
 
 def by_predictors(args):

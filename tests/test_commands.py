@@ -151,10 +151,19 @@ def test_a_stopped_run_is_not_overwritten(tmp_path):
     code, _, err = typed(f"{line} --limit 7 --resume", folder)
     assert code == 1 and "a run with other rows" in err
     assert state.read_bytes() == before
+    code, out, _ = typed("python infer.py --ckpt ./llama-7b --predictors stopped", folder)
+    assert code == 0 and re.search(r"predictors stopped/\S+ \(stopped at step \d+ of 5000\)", out)
     code, out, err = typed(f"{line.replace('5000', '1')} --restart", folder)
     assert code == 0, err
-    code, _, err = typed(line.replace("5000", "1"), folder)      # a finished one may be repeated
-    assert code == 0, err
+    code, _, err = typed(line.replace("5000", "1"), folder)
+    assert code == 1 and "a finished run of 1 steps is here: --restart begins anew" in err
+
+
+def test_a_mistyped_name_is_told_the_right_one():
+    from support.places import find
+    for text in ("Toy", "checkpoint/toy", "toyy"):
+        with pytest.raises(FileNotFoundError, match="do you mean --ckpt toy"):
+            find(text)
 
 
 def test_predictors_may_be_named_by_their_folder():
