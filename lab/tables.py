@@ -32,6 +32,8 @@ NAMES = {
     "norm": "largest hidden state",
     "attention": "attention received, all queries",
     "attention16": "attention received, last 16 queries",
+    "expected": "expected attention",
+    "truncate": "the text's first tokens alone",
     "oracle:norm_gx": "gradient oracle, norm of g * x (needs the answer: a ceiling)",
     "oracle:norm_g": "gradient oracle, norm of g",
     "oracle:abs_dot": "gradient oracle, abs(g . x), the literal Eq. 3",
@@ -67,6 +69,13 @@ def points(value, error):
 
 def likelihood(row):
     return plus(row["value"], row["stderr"])
+
+
+def called(scorer):
+    """A scorer's name in a table."""
+    if scorer in NAMES:
+        return NAMES[scorer]
+    return f"{NAMES[scorer.removesuffix('@cut')]}, one early cut"
 
 
 def share(row):
@@ -203,14 +212,33 @@ def toy(found):
                    f"{row['fact_tokens_kept']:.0%}"] for row in rows]
 
 
-def every_scorer(found, only=NAMES):
-    """NLL per token of the scorers in `only`, best first."""
-    rows = [row for row in found["rows"] if row["scorer"] in only]
+def every_scorer(found, only=()):
+    """NLL per token of the scorers in `only`, or of all, best first."""
+    rows = [row for row in found["rows"] if row["scorer"] in only or not only]
     rows.sort(key=lambda row: row["value"])
     head = ["kept by", f"NLL per token ({rows[0]['n']} rows)", "tokens kept, mean over blocks",
             "share of the random-to-full gap"]
-    return head, [[NAMES[row["scorer"]], likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
+    return head, [[called(row["scorer"]), likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
                   for row in rows]
+
+
+def beside(found, **alone):
+    """`every_scorer`, and the full model's NLL where it reads only a part of each prompt.
+
+    alone: {what it reads: the result}, of the same rows.
+    """
+    head, rows = every_scorer(found)
+    ends = {row["scorer"]: row["value"] for row in found["rows"]}
+    for what, one in alone.items():
+        row, = one["rows"]
+        need(row["n"] == found["rows"][0]["n"], f"{what} alone: not the same rows")
+        won = (ends["random"] - row["value"]) / (ends["random"] - ends["full"])
+        rows.append([f"*full model, {what} alone*", likelihood(row), "", f"{won:.0%}"])
+    return head, rows
+
+
+def passages(found, passage, question):
+    return beside(found, **{"the right passage": passage, "the question": question})
 
 
 def short(found):
