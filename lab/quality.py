@@ -238,27 +238,34 @@ def measure_arm(setup, item, arm, seed, known):
     -> {"answers": see read_answers, "keep": mean share of the prompt in a block, "prefill_s"}, and
     where an answer was generated also "said", "score", "e2e_s".
     """
-    model = setup.model
-    prompt = text = torch.tensor([item.prompt], device=model.device)
-    L, N = len(model.blocks), prompt.shape[1]
-    schedule = arm.schedule(setup.schedule, L)
-    scorer = choose_scorer(setup, item, arm, schedule, seed, known)
-    spent = 0.0
-    if arm.scorer == "compress":    # it scores the whole prompt first
-        start = clock(model.device)
-        text = compress(model, prompt, schedule, scorer)
-        spent = clock(model.device) - start
-    elif arm.scorer == "truncate":
-        text = truncate(prompt, schedule, L)
-    if arm.scorer in UNPRUNED_ARMS:
-        schedule, scorer = UNPRUNED, None
-    used = schedule, scorer, arm.cache
-    answers, seconds = read_answers(model, text, item.answers, *used)
-    keep = sum(schedule.counts(text.shape[1], L)) / L / N
+    prompt = torch.tensor([item.prompt], device=setup.model.device)
+    text, used, keep, spent = prepare(setup, arm, prompt, item, seed, known)
+    answers, seconds = read_answers(setup.model, text, item.answers, *used)
     found = {"answers": answers, "keep": keep, "prefill_s": spent + seconds}
     if setup.new_tokens:
         found |= measure_words(setup, item, text, used, spent)
     return found
+
+
+def prepare(setup, arm, prompt, item, seed, known):
+    """What an arm makes of a prompt (1, N); item, seed, known: of its scorer.
+
+    -> the text that is read (1, n); by which schedule, scorer and kind of cache; the mean share of
+    the prompt in a block; the seconds that this took.
+    """
+    L, N = len(setup.model.blocks), prompt.shape[1]
+    schedule, text, spent = arm.schedule(setup.schedule, L), prompt, 0.0
+    scorer = choose_scorer(setup, item, arm, schedule, seed, known)
+    if arm.scorer == "compress":    # it scores the whole prompt first
+        start = clock(setup.model.device)
+        text = compress(setup.model, prompt, schedule, scorer)
+        spent = clock(setup.model.device) - start
+    elif arm.scorer == "truncate":
+        text = truncate(prompt, schedule, L)
+    if arm.scorer in UNPRUNED_ARMS:
+        schedule, scorer = UNPRUNED, None
+    keep = sum(schedule.counts(text.shape[1], L)) / L / N
+    return text, (schedule, scorer, arm.cache), keep, spent
 
 
 def choose_scorer(setup, item, arm, schedule, seed, known):
