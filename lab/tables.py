@@ -222,25 +222,6 @@ def every_scorer(found, only=()):
                   for row in rows]
 
 
-def beside(found, **alone):
-    """`every_scorer`, and the full model's NLL where it reads only a part of each prompt.
-
-    alone: {what it reads: the result}, of the same rows.
-    """
-    head, rows = every_scorer(found)
-    ends = {row["scorer"]: row["value"] for row in found["rows"]}
-    for what, one in alone.items():
-        row, = one["rows"]
-        need(row["n"] == found["rows"][0]["n"], f"{what} alone: not the same rows")
-        won = (ends["random"] - row["value"]) / (ends["random"] - ends["full"])
-        rows.append([f"*full model, {what} alone*", likelihood(row), "", f"{won:.0%}"])
-    return head, rows
-
-
-def passages(found, passage, question):
-    return beside(found, **{"the right passage": passage, "the question": question})
-
-
 def short(found):
     """The README's quality table: some scorers, without the tokens kept, which are the same."""
     head, rows = every_scorer(found, only=SHORT)
@@ -475,6 +456,7 @@ TABLES = {
     "quality": Table(short, ("smollm2_nll",)),
     "nll": Table(every_scorer, ("smollm2_nll",)),
     "text": Table(every_scorer, ("smollm2_text",)),
+    "passages": Table(every_scorer, ("smollm2_passages",)),
     "choice": Table(choice, (*(f"smollm2_{task}_{shots}" for task, shots in CHOICE),
                              "smollm2_lambada")),
     "long": Table(long_prompts, tuple(LONG)),

@@ -52,6 +52,11 @@ make smollm2_figure2 python saliency.py --figure 2 --ckpt smollm2 $dolly --limit
 
 # Likelihood and accuracy of every scorer
 make smollm2_nll $quality $real $dolly --limit 120
+[[ -e out/passages.jsonl ]] || python -m lab.passages --data "$data/dolly.jsonl" --out out/passages.jsonl
+make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/passages.safetensors \
+    --data out/passages.jsonl --context --max-prompt 2000 --limit 65 \
+    --scorers full predictor random earliest norm attention expected earliest@cut expected@cut \
+    truncate oracle:norm_gx
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40
 scorers="--scorers full predictor prior random recent attention"
