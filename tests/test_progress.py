@@ -83,7 +83,9 @@ def terminal(monkeypatch):
         with os.fdopen(theirs, "w") as stream, contextlib.redirect_stderr(stream):
             action()
             print("#", file=stream, flush=True)         # so that there is something to read
-            text = os.read(ours, 10000).decode()
+            text = ""
+            while not text.endswith("#\r\n"):           # it may come in pieces
+                text += os.read(ours, 10000).decode()
         os.close(ours)
         return text.removesuffix("#\r\n")
     return shown
