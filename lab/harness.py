@@ -28,9 +28,9 @@ Shapes: B = 1 context, N tokens of it, L blocks.
 import importlib.metadata
 import logging
 import math
+import os
 import time
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -144,20 +144,19 @@ def before(text, stops):
 
 def lm_eval_parts():
     """What is used of lm_eval. Raises ImportError that says how to get it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")      # how far the work is, is said here alone
     try:
         import datasets
-        import lm_eval.api.task
+        import lm_eval.api.model
         import lm_eval.evaluator
         import lm_eval.models.utils
         import lm_eval.tasks
         import lm_eval.utils
-        from tqdm import tqdm
     except ImportError as e:
         wanted = f"lab.harness needs the optional package lm_eval: {WANTED} ({e})"
         raise ImportError(wanted) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()                # how far the work is, is said here alone
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    datasets.disable_progress_bars()
     return lm_eval
 
 
