@@ -356,6 +356,40 @@ def cost_against_length(rows, path, title):
     save(figure, path)
 
 
+def needle_maps(rows, path):
+    """Rows of lab/needle.py: a map for each arm and place of the question, depth by length.
+
+    A cell's colour and number: the probability of a digit of the needle.
+    """
+    arms, places, lengths, depths = (list(dict.fromkeys(row[key] for row in rows))
+                                     for key in ("scorer", "question", "n", "depth"))
+    size = 1.2 + 0.62 * len(lengths), 0.8 + 0.42 * len(depths)
+    figure, axes = pyplot().subplots(len(places), len(arms), squeeze=False, sharex=True,
+                                     sharey=True, layout="constrained",
+                                     figsize=(size[0] * len(arms), size[1] * len(places)))
+    for i, place in enumerate(places):
+        for j, arm in enumerate(arms):
+            ax = axes[i][j]
+            value = {(row["depth"], row["n"]): row["probability"] for row in rows
+                     if (row["scorer"], row["question"]) == (arm, place)}
+            cells = [[value[depth, n] for n in lengths] for depth in depths]
+            image = ax.imshow(cells, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            for y, line in enumerate(cells):
+                for x, p in enumerate(line):
+                    ax.text(x, y, f"{p:.2f}".lstrip("0") if p < 0.995 else "1", fontsize=8,
+                            ha="center", va="center")
+            if i == 0:
+                ax.set_title(arm, fontsize=9)
+            ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
+            ax.set_yticks(range(len(depths)), [f"{depth}%" for depth in depths], fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("prompt tokens", fontsize=8)
+    for line, place in zip(axes, places):
+        line[0].set_ylabel(f"question {place}\nneedle's depth", fontsize=8)
+    figure.colorbar(image, ax=axes, label="probability of a digit", shrink=0.8)
+    save(figure, path)
+
+
 def main():
     parser = command_parser(__doc__)
     parser.add_argument("page", help="a page of infer.py --html, with #STAGE or #STAGE.TOKEN "
