@@ -406,7 +406,7 @@ def measure(name, model, prompts, schedule, predictors, quiet=False):
 
 def evaluate(args):
     """Exact answers on fresh prompts, every scorer on the same ones."""
-    from lab.scorers import SCORERS
+    from lab.scorers import SCORERS, TRAINED
     model, schedule, predictors, _ = load_pruning(args)
     tokenizer = Tokenizer(args.ckpt)
     rng = random.Random(args.seed + 1_000_000)
@@ -421,7 +421,7 @@ def evaluate(args):
     print(f"{'scorer':12} exact answers   asked facts' tokens kept to the end")
     left_out = {"prior"}            # these predictors have none
     if predictors is None:
-        left_out.add("predictor")
+        left_out.update(TRAINED)
     rows = []
     for name in ("full", *SCORERS):
         if name in left_out:

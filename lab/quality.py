@@ -25,9 +25,10 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
        lambada  the last word of {text}: is it the model's own choice?
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
-scorers: full; predictor, prior (the same with its calibrated preference for a position), random,
-       recent, earliest, norm, attention, attention16, expected (expected attention); oracle:norm_gx
-       and so on (they need the answer: ceilings, no methods); compress (the predictors' scores, but
+scorers: full; predictor, prior (the same with its calibrated preference for a position),
+       neighbours (the same, averaged with the scores of the tokens around), random, recent,
+       earliest, norm, attention, attention16, expected (expected attention); oracle:norm_gx and so
+       on (they need the answer: ceilings, no methods); compress (the predictors' scores, but
        the tokens leave the text before block 1), truncate (so do all but the first tokens). Each
        may be followed by @S (only the first S stages; the paper's SDTP-low) or @cut (one cut, where
        the first stage stands, to the same mean number of tokens), and by +h2o or +local (KV caches
@@ -56,7 +57,7 @@ from torch import nn
 
 from infer import generate, greedy
 from lab.schedules import one_cut
-from lab.scorers import SCORERS, make_scorer, oracle_scorer
+from lab.scorers import SCORERS, TRAINED, make_scorer, oracle_scorer
 from lab.tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_l, text_items
 from model import KVCache, Llama, Tokenizer, positions
 from prune import UNPRUNED, Schedule, extend, prefill, select
@@ -117,7 +118,7 @@ def default_arms(task, trained, prior, tp):
 
     Attention is not summed over the heads of other processes, so --tp leaves its scorers out.
     """
-    rules = [name for name in SCORERS if name not in ("predictor", "prior")]
+    rules = [name for name in SCORERS if name not in TRAINED]
     suit = {"nll": [*rules, *ORACLES],
             "text": ["random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"],
             "long": ["compress", "random", "recent"]}

@@ -5,25 +5,29 @@ A scorer is a function (stage from 0, x (B, n, D), pos (B, n)) -> scores (B, n);
 import math
 
 import torch
+import torch.nn.functional as F
 
 from model import PAD, rotate, visible
 from prune import predictor_scorer
 from support.files import need
 
-SCORERS = ("predictor", "prior", "random", "recent", "earliest", "norm", "attention",
-           "attention16", "expected")
+TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
+SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention", "attention16", "expected")
 
 
 def make_scorer(name, model, schedule, predictors=None, seed=0, prior=0.0):
     """A scorer by its name on a command line.
 
-    "prior" is the predictors with their calibrated prior; the oracle is made by the caller.
+    "prior" is the predictors with their calibrated prior, "neighbours" with their neighbours'
+    ranks; the oracle is made by the caller.
     """
     need(name in SCORERS, f"unknown scorer {name!r}; there are {', '.join(SCORERS)}")
-    if name in ("predictor", "prior"):
+    if name in TRAINED:
         need(predictors is not None, "no trained predictors for this checkpoint: run train.py, or "
                                      "name a file with --predictors, or use --scorer")
         trained = predictor_scorer(predictors)
+        if name == "neighbours":
+            return with_neighbours(trained)
         return with_prior(trained, prior) if name == "prior" else trained
     if name == "attention16":
         return attention_scorer(model, schedule, last=16)
@@ -134,10 +138,30 @@ def with_prior(scorer, weight):
         return scorer
 
     def scores(stage, x, pos):
-        real = pos < PAD
-        s = scorer(stage, x, pos).masked_fill(~real, -math.inf)
-        # padding takes the lowest ranks, below 0
-        rank = s.argsort(dim=1, stable=True).argsort(1) - (~real).sum(1, keepdim=True)
-        last = pos.where(real, 0).amax(1, keepdim=True)     # the last token is never dropped
-        return rank / real.sum(1, keepdim=True) + weight * (1 - pos / (last + 1))
+        last = pos.where(pos < PAD, 0).amax(1, keepdim=True)    # the last token is never dropped
+        return ranks(scorer(stage, x, pos), pos) + weight * (1 - pos / (last + 1))
     return scores
+
+
+def with_neighbours(scorer, own=0.4, window=33):
+    """Beyond the paper: own * the score's rank + (1 - own) * its mean over a window of tokens.
+
+    What answers a question stands in one place: a token among salient ones is more likely to be
+    needed than its own state says. window: odd, the token in its middle.
+    """
+    def scores(stage, x, pos):
+        real = (pos < PAD).float()
+        rank = ranks(scorer(stage, x, pos), pos)
+        sums = F.avg_pool1d(rank * real, window, 1, window // 2)
+        counts = F.avg_pool1d(real, window, 1, window // 2)     # fewer at the ends of a row
+        mixed = own * rank + (1 - own) * sums / counts.clamp(min=1e-9)
+        return torch.where(real > 0, mixed, rank)
+    return scores
+
+
+def ranks(scores, pos):
+    """Each score's rank in its row, from 0 to below 1: (B, n); padding takes ranks below 0."""
+    real = pos < PAD
+    s = scores.masked_fill(~real, -math.inf)
+    rank = s.argsort(dim=1, stable=True).argsort(1) - (~real).sum(1, keepdim=True)
+    return rank / real.sum(1, keepdim=True)

@@ -158,7 +158,7 @@ def unfinished(metadata):
 def by_predictors(args):
     """Whether a scorer that the options ask for needs trained predictors."""
     asked = getattr(args, "scorers", None) or [getattr(args, "scorer", "")]
-    return any(name.startswith(("predictor", "prior", "compress")) for name in asked)
+    return any(name.startswith(("predictor", "prior", "neighbours", "compress")) for name in asked)
 
 
 def no_predictors(ckpt):

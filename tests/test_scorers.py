@@ -7,7 +7,7 @@ import torch
 
 from conftest import SCHEDULE, close, predictors_for
 from lab.scorers import (SCORERS, attention_scorer, expected_scorer, make_scorer, oracle_scorer,
-                         random_scorer, with_prior)
+                         random_scorer, ranks, with_neighbours, with_prior)
 from model import PAD, positions, rotate
 from predictor import score
 from prune import predictor_scorer, prefill
@@ -98,6 +98,40 @@ def test_padding_takes_the_lowest_ranks(states):
     short = scorer(0, x[1:, :37], pos[1:, :37])
     assert torch.equal(found[0], whole[0])
     assert torch.equal(found[1, :37], short[0])
+    assert found[1, 37:].max() < short.min()
+
+
+# -------------------------------------------------------------------------------------- neighbours
+
+
+@pytest.mark.parametrize("own, window", [(0.4, 33), (0.0, 5), (0.7, 61)])
+def test_neighbours_are_averaged_one_by_one(states, own, window):
+    x, pos, predictors = states
+    scorer = predictor_scorer(predictors)
+    rank = ranks(scorer(0, x, pos), pos)
+    found = with_neighbours(scorer, own, window)(0, x, pos)
+    for b, i in product(range(2), (0, 3, 31, 59)):
+        low = max(0, i - window // 2)
+        around = rank[b, low:i + window // 2 + 1]
+        assert abs(found[b, i] - (own * rank[b, i] + (1 - own) * around.mean())) < 1e-6
+
+
+def test_alone_a_score_keeps_its_rank(states):
+    x, pos, predictors = states
+    scorer = predictor_scorer(predictors)
+    for alone in (with_neighbours(scorer, own=1.0), with_neighbours(scorer, window=1)):
+        order = alone(0, x, pos).argsort(dim=1, stable=True)
+        assert torch.equal(order, scorer(0, x, pos).argsort(dim=1, stable=True))
+
+
+def test_padding_is_nobodys_neighbour(states):
+    x, pos, predictors = states
+    scorer = with_neighbours(predictor_scorer(predictors))
+    padded = pos.clone()
+    padded[1, 37:] = PAD
+    found = scorer(0, x, padded)
+    short = scorer(0, x[1:, :37], pos[1:, :37])
+    assert close(found[1, :37], short[0], 1e-6)
     assert found[1, 37:].max() < short.min()
 
 
