@@ -8,8 +8,7 @@ response + MSE + ranking (Eq. 8), optionally distillation.
     python train.py                             # the toy, from nothing, two minutes
     python train.py --ckpt llama-7b             # two epochs of Dolly; --mask gumbel: the paper's
 
-Shapes: B rows, N tokens (prompt and response), R = N - the shortest prompt, S stages, D hidden,
-V vocabulary.
+Shapes: B rows, N tokens, R = N - the shortest prompt, S stages, D hidden, V vocabulary.
 """
 import math
 import time
@@ -27,6 +26,7 @@ from predictor import Predictor, gumbel_mask, mse_loss, ranking_loss, score, str
 from prune import Schedule, candidates, select
 from saliency import mark, reduce_saliency
 from support import parallel
+from support.around import blended
 from support.data import IGNORE, pad, response_labels
 from support.files import need, output
 from support.options import cli, print_json, schedule_options
@@ -52,6 +52,7 @@ class Recipe:
     """How predictors are trained."""
     weights: Loss = Loss()
     reduce: str = "norm_gx"         # gradient -> saliency, see reduce_saliency
+    around: float = 0.0             # share of it that is the mean of the 65 tokens around
     pairs: str = "equal"            # see ranking_loss
     mask: str = "topk"              # the scheduled count; the paper samples, "gumbel"
     tau: float = 1.0                # temperature of the Gumbel-Softmax
@@ -82,9 +83,11 @@ def marking(model, batch, schedule, recipe):
     tokens, prompt_len, lengths = batch                             # (B, N), B ints, B ints
     after = schedule.after(len(model.blocks))
     states, grads, logits = mark(model, tokens, prompt_len, after, lengths)
+    droppable = candidates(positions(tokens, lengths), prompt_len, schedule)
     saliency = []
     for g, x in zip(grads, states):
-        saliency.append(reduce_saliency(g, x, recipe.reduce))
+        s = reduce_saliency(g, x, recipe.reduce)
+        saliency.append(blended(s, droppable, recipe.around))
     logits = logits if recipe.weights.distill else None
     return Marks(states, saliency, logits)
 
@@ -116,8 +119,7 @@ def masked_pass(model, predictors, batch, schedule, mask="topk", tau=1.0):
 
     mask: "gumbel" samples every candidate (Eq. 2), "topk" keeps the scheduled count, as inference
     does. -> x (B, N, D) leaving the last block; S predictions pi (B, N, 2); S + 1 masks (B, N),
-    masks[s] with 1 for the tokens that stage s + 1 still finds. With "topk" a token dropped by one
-    stage gets no gradient through the masks of later ones.
+    masks[s] with 1 for what stage s + 1 still finds; what "topk" dropped gets no later gradient.
     """
     tokens, prompt_len, lengths = batch
     after = schedule.after(len(model.blocks))
@@ -229,9 +231,8 @@ class Step(NamedTuple):
 def train(model, predictors, optimizer, rows, schedule, recipe, done=0, marker=marking):
     """Train the predictors in place; a generator that yields a Step after each optimiser step.
 
-    rows: Examples. done: steps taken before. marker: marking, or one that remembers. Several
-    processes divide the rows. Raises ValueError for what is not finite; the predictors are
-    unchanged then.
+    rows: Examples. done: steps taken before. marker: marking, or one that remembers. Raises
+    ValueError for what is not finite; the predictors are unchanged then.
     """
     for step in range(done, recipe.steps):
         lr = recipe.lr * rate(step, recipe.steps, recipe.warmup)
@@ -328,8 +329,7 @@ def main():
         curve(run.log, args.png)
     seconds = time.time() - begin
     print(f"wrote {out} after {seconds:.0f} s; next: {next_command(args)}")
-    result = {"seconds": seconds, "out": str(out), "log": run.log}
-    print_json(args, model, result)
+    print_json(args, model, {"seconds": seconds, "out": str(out), "log": run.log})
 
 
 if __name__ == "__main__":

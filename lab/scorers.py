@@ -5,10 +5,10 @@ A scorer is a function (stage from 0, x (B, n, D), pos (B, n)) -> scores (B, n);
 import math
 
 import torch
-import torch.nn.functional as F
 
 from model import PAD, rotate, visible
 from prune import predictor_scorer
+from support.around import blended
 from support.files import need
 
 TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
@@ -143,19 +143,14 @@ def with_prior(scorer, weight):
     return scores
 
 
-def with_neighbours(scorer, own=0.4, window=33):
-    """Beyond the paper: own * the score's rank + (1 - own) * its mean over a window of tokens.
+def with_neighbours(scorer, share=0.6, window=33):
+    """Beyond the paper: (1 - share) * the score's rank + share * its mean over a window.
 
     What answers a question stands in one place: a token among salient ones is more likely to be
     needed than its own state says. window: odd, the token in its middle.
     """
     def scores(stage, x, pos):
-        real = (pos < PAD).float()
-        rank = ranks(scorer(stage, x, pos), pos)
-        sums = F.avg_pool1d(rank * real, window, 1, window // 2)
-        counts = F.avg_pool1d(real, window, 1, window // 2)     # fewer at the ends of a row
-        mixed = own * rank + (1 - own) * sums / counts.clamp(min=1e-9)
-        return torch.where(real > 0, mixed, rank)
+        return blended(ranks(scorer(stage, x, pos), pos), pos < PAD, share, window)
     return scores
 
 

@@ -47,6 +47,8 @@ RECIPE = {      # the fields of a train.Recipe and its Loss: type or choices, me
     "rank": (float, "weight of the ranking loss, Eq. 5 and 6"),
     "distill": (float, "weight of the KL divergence from the unpruned model"),
     "reduce": (("norm_gx", "norm_g", "abs_dot"), "how the gradient becomes one number per token"),
+    "around": (float, "beyond the paper: share of a token's saliency that is the mean of the 65 "
+               "tokens around it, as what answers a question stands in one place"),
     "pairs": (("equal", "saliency"), "beyond the paper: saliency weighs each pair of the ranking "
               "loss by how far its saliencies lie apart"),
     "mask": (("gumbel", "topk"), "gumbel: sample each token (paper; nothing then ties the number "
@@ -151,6 +153,7 @@ def check_training(args, world_size):
     need(any(weights), "all loss weights are 0: nothing to train on")
     need(not (args.steps and args.epochs), "--steps and --epochs each say how long to train: "
                                            "leave out one")
+    need(0 <= args.around <= 1, "--around is a share, 0 to 1")
     need(0 < args.lr < 10 and args.tau > 0 and 0 <= args.warmup < 1
          and all(0 <= w < 1e6 for w in weights),
          "--lr and --tau are positive, --warmup a share, weights of losses not negative")

@@ -104,22 +104,23 @@ def test_padding_takes_the_lowest_ranks(states):
 # -------------------------------------------------------------------------------------- neighbours
 
 
-@pytest.mark.parametrize("own, window", [(0.4, 33), (0.0, 5), (0.7, 61)])
-def test_neighbours_are_averaged_one_by_one(states, own, window):
+@pytest.mark.parametrize("share, window", [(0.6, 33), (1.0, 5), (0.3, 61)])
+def test_neighbours_are_averaged_one_by_one(states, share, window):
     x, pos, predictors = states
     scorer = predictor_scorer(predictors)
     rank = ranks(scorer(0, x, pos), pos)
-    found = with_neighbours(scorer, own, window)(0, x, pos)
+    found = with_neighbours(scorer, share, window)(0, x, pos)
     for b, i in product(range(2), (0, 3, 31, 59)):
         low = max(0, i - window // 2)
         around = rank[b, low:i + window // 2 + 1]
-        assert abs(found[b, i] - (own * rank[b, i] + (1 - own) * around.mean())) < 1e-6
+        mixed = (1 - share) * rank[b, i] + share * around.mean()
+        assert abs(found[b, i] - mixed) < 1e-6
 
 
 def test_alone_a_score_keeps_its_rank(states):
     x, pos, predictors = states
     scorer = predictor_scorer(predictors)
-    for alone in (with_neighbours(scorer, own=1.0), with_neighbours(scorer, window=1)):
+    for alone in (with_neighbours(scorer, share=0.0), with_neighbours(scorer, window=1)):
         order = alone(0, x, pos).argsort(dim=1, stable=True)
         assert torch.equal(order, scorer(0, x, pos).argsort(dim=1, stable=True))
 
