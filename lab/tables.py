@@ -27,6 +27,7 @@ NAMES = {
     "predictor": "**trained predictors**",
     "prior": "trained predictors + position prior",
     "random": "random",
+    "neighbours": "trained predictors + neighbours",
     "recent": "latest tokens",
     "earliest": "first tokens",
     "norm": "largest hidden state",
@@ -222,14 +223,25 @@ def every_scorer(found, only=()):
                   for row in rows]
 
 
-def short(found):
-    """The README's quality table: some scorers, without the tokens kept, which are the same."""
-    head, rows = every_scorer(found, only=SHORT)
-    return [*head[:2], head[3]], [[*row[:2], row[3]] for row in rows]
+def shares(*found, titles=(), only=()):
+    """Where scorers, those in `only` or all, stand on several sets of rows; the first orders them.
+    """
+    by = [{row["scorer"]: row for row in one["rows"] if row["metric"] == "nll"} for one in found]
+    names = dict.fromkeys(name for one in by for name in one)
+    scorers = [name for name in names
+               if name not in ("full", "random") and (name in only or not only)]
+    scorers.sort(key=lambda name: -by[0][name]["share_of_gap"] if name in by[0] else 0)
+    rows = [[called(name), *(share(one[name]).replace(" ", "") if name in one else ""
+                            for one in by)]
+            for name in scorers]
+    for name in ("random", "full"):
+        nll = [f"{one[name]['value']:.2f}" for one in by]
+        rows.append([f"*NLL per token: {called(name)}*", *nll])
+    columns = [f"{title} ({one['full']['n']} rows)" for title, one in zip(titles, by)]
+    return ["kept by", *columns], rows
 
 
-SHORT = ("full", "oracle:norm_gx", "prior", "predictor", "earliest", "attention", "random",
-         "recent")
+SHORT = ("oracle:norm_gx", "truncate", "earliest@cut", "predictor", "earliest", "norm", "expected")
 
 TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ"}
 PER_CHARACTER = ("copa", "piqa")    # also scored by likelihood per character
@@ -453,10 +465,18 @@ TABLES = {
     "flops": Table(flop_table),
     "plan": Table(plan_table),
     "toy": Table(toy, ("toy_exact",)),
-    "quality": Table(short, ("smollm2_nll",)),
+    "quality": Table(partial(shares, titles=("Dolly", "4 passages", "LAMBADA"), only=SHORT),
+                     ("smollm2_rules", "smollm2_passages", "smollm2_lambada_rules")),
     "nll": Table(every_scorer, ("smollm2_nll",)),
     "text": Table(every_scorer, ("smollm2_text",)),
     "passages": Table(every_scorer, ("smollm2_passages",)),
+    "passages_more": Table(partial(shares, titles=("4 passages", "8 passages", "question last")),
+                           ("smollm2_passages", "smollm2_passages_8", "smollm2_passages_last")),
+    "rules": Table(partial(shares, titles=("Dolly", "plain text", "LAMBADA")),
+                   ("smollm2_rules", "smollm2_text_rules", "smollm2_lambada_rules")),
+    "larger": Table(partial(shares, titles=("Dolly, 0.5B", "Dolly, 135M", "passages, 0.5B",
+                                            "passages, 135M"), only=SHORT),
+                    ("qwen05_dolly", "smollm2_rules", "qwen05_passages", "smollm2_passages")),
     "choice": Table(choice, (*(f"smollm2_{task}_{shots}" for task, shots in CHOICE),
                              "smollm2_lambada")),
     "long": Table(long_prompts, tuple(LONG)),

@@ -57,6 +57,32 @@ make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/p
     --data out/passages.jsonl --context --max-prompt 2000 --limit 65 \
     --scorers full predictor random earliest norm attention expected earliest@cut expected@cut \
     truncate oracle:norm_gx
+passages="--predictors checkpoints/smollm2/passages.safetensors --max-prompt 2200"
+for part in passage question; do
+    rows=out/passages-$part.jsonl
+    python -m lab.passages --data "$data/dolly.jsonl" --out $rows --alone $part
+    make smollm2_${part}_alone $quality --ckpt smollm2 $passages --data $rows --limit 65 --scorers full
+done
+python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-8.jsonl --passages 8
+some="--limit 16 --scorers full predictor random earliest earliest@cut recent@cut truncate oracle:norm_gx"
+make smollm2_passages_8 $quality --ckpt smollm2 $passages --data out/passages-8.jsonl $some
+make smollm2_passages_last $quality --ckpt smollm2 $passages --data out/passages.jsonl \
+    --question last $some
+rules="full predictor prior predictor@cut random earliest recent norm attention expected
+    earliest@cut recent@cut norm@cut attention@cut expected@cut truncate"
+make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $rules oracle:norm_gx
+make smollm2_text_rules $quality --ckpt smollm2 --task text --data $data/wikitext2_valid.jsonl \
+    --max-prompt 256 --max-response 64 --limit 40 --scorers $rules oracle:norm_gx
+make smollm2_lambada_rules $quality --ckpt smollm2 --task lambada --data $data/lambada.jsonl \
+    --limit 80 --scorers $rules
+larger="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/passages.safetensors"
+some="--scorers full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
+make qwen05_dolly $quality $larger --data $data/dolly.jsonl --context --min-prompt 128 \
+    --max-prompt 448 --limit 40 $some
+make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-prompt 2000 \
+    --limit 16 $some
+make qwen05_needle python -m lab.needle $larger --data $data/wikitext2_valid.jsonl \
+    --lengths 1024 2048 --png "$results/qwen05_needle.png"
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40
 scorers="--scorers full predictor prior random recent attention"

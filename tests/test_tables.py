@@ -51,7 +51,8 @@ def test_the_results_page_links_what_is_there():
 
 def test_every_measured_file_is_behind_a_table_or_a_picture():
     behind = {file for table in tables.TABLES.values() for file in table.files}
-    drawn = {"smollm2_training", "smollm2_figure2", "smollm2_cost_cpu"}
+    drawn = {"smollm2_training", "smollm2_figure2", "smollm2_cost_cpu", "qwen05_needle",
+             "smollm2_passage_alone", "smollm2_question_alone"}       # two are quoted
     assert behind | drawn == {path.stem for path in ROOT.glob("results/*.json")}
 
 
@@ -122,16 +123,27 @@ def test_around_names_classes_and_functions_from_the_outside():
     assert [tables.around(text, line) for line in (4, 6, 8)] == ["A.f.g", "A", ""]
 
 
-def test_every_scorer_best_first_and_the_short_table_is_a_part_of_it():
+def test_every_scorer_best_first():
     found = measured("smollm2_nll")
     head, rows = tables.every_scorer(found)
     assert len(rows) == len(found["rows"]) == 12 and rows[0][0] == "full model"
     values = [float(cells[1].split()[0]) for cells in rows]
     assert values == sorted(values)
     assert [cells[3] for cells in rows if cells[0] in ("full model", "random")] == ["100%", "0%"]
-    short_head, short = tables.every_scorer(found, tables.SHORT)
-    assert short_head == head
-    assert short == [cells for cells in rows if cells in short] and len(short) == 8
+
+
+def test_shares_on_several_sets_of_rows():
+    files = "smollm2_rules", "smollm2_passages"
+    found = [measured(file) for file in files]
+    head, rows = tables.shares(*found, titles=("A", "B"))
+    assert head == ["kept by", "A (60 rows)", "B (65 rows)"]
+    assert rows[-1][0] == "*NLL per token: full model*" and rows[-2][0].endswith("random*")
+    first = [int(cells[1].split("%")[0]) for cells in rows[:-2] if cells[1]]
+    assert first == sorted(first, reverse=True)
+    by = {cells[0]: cells for cells in rows}
+    assert by["latest tokens, one early cut"][2] == "", "not measured there"
+    _, short = tables.shares(*found, titles=("A", "B"), only=tables.SHORT)
+    assert short == [cells for cells in rows if cells in short] and len(short) == 9
 
 
 def test_the_toys_answers_best_first():
