@@ -379,7 +379,7 @@ def needle_maps(rows, path):
                     ax.text(x, y, f"{p:.2f}".lstrip("0") if p < 0.995 else "1", fontsize=8,
                             ha="center", va="center")
             if i == 0:
-                ax.set_title(arm, fontsize=9)
+                ax.set_title(arm.replace(", ", "\n").replace("*", ""), fontsize=9)
             ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
             ax.set_yticks(range(len(depths)), [f"{depth}%" for depth in depths], fontsize=8)
     for ax in axes[-1]:

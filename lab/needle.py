@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lab.figures import needle_maps
 from lab.quality import Setup, check_lengths, identity, measure_rows, parse_arm
+from lab.tables import called
 from lab.tasks import Answer, Item
 from model import Tokenizer
 from support.data import digest, read_rows
@@ -134,6 +135,11 @@ def show(rows, lengths):
             print(f"{arm:20}{values}  {these[0]['mean_keep']:7.1%}")
 
 
+def draw(rows, path):
+    """The cells as a picture, under the names that the tables have."""
+    needle_maps([row | {"scorer": called(row["scorer"])} for row in rows], path)
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -189,7 +195,7 @@ def main():
     rows = cell_rows(done, cells, args.needles, arms)
     show(summary(rows, arms), args.lengths)
     if args.png:
-        needle_maps(rows, args.png)
+        draw(rows, args.png)
         print(f"wrote {args.png}")
     print_json(args, model, {"data": Path(args.data).name, "needles": args.needles,
                              "seconds": time.time() - start, "schedule": asdict(schedule),

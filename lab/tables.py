@@ -74,9 +74,9 @@ def likelihood(row):
 
 def called(scorer):
     """A scorer's name in a table."""
-    if scorer in NAMES:
-        return NAMES[scorer]
-    return f"{NAMES[scorer.removesuffix('@cut')]}, one early cut"
+    base = scorer.removesuffix("@cut")
+    name = NAMES.get(base, base)
+    return name if base == scorer else f"{name}, one early cut"
 
 
 def share(row):
