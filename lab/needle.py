@@ -43,9 +43,10 @@ QUESTION = "What is the secret number of {}? Answer in one sentence."
 
 def hidden(text, depth, sentence):
     """A text with a sentence put in, at the end of the sentence nearest before `depth` percent."""
-    cut = round(len(text) * depth / 100)
-    end = text.rfind(". ", 0, cut)
-    cut = end + 2 if end >= 0 and depth < 100 else (len(text) if depth == 100 else 0)
+    cut = len(text)
+    if depth < 100:
+        end = text.rfind(". ", 0, round(cut * depth / 100))
+        cut = end + 2 if end >= 0 else 0
     before = text[:cut]
     space = "" if not before or before[-1].isspace() else " "
     return f"{before}{space}{sentence} {text[cut:]}".rstrip()
