@@ -128,7 +128,10 @@ def main():
     torch.manual_seed(args.seed)
     pruning = read_pruning(args)    # what can be refused is refused before weights are read
     prompt = None if args.bench else encode_prompt(args, pruning)
-    longest, default = (max(args.bench), 128) if args.bench else (len(prompt.ids), 48)
+    if args.bench:
+        longest, default = max(args.bench), 128
+    else:
+        longest, default = len(prompt.ids), 48
     new = fitting(pruning.config, longest, args.max_new_tokens, default)
     model, schedule, predictors, metadata = load_pruning(args, pruning)
     prior = metadata.get("prior", 0.0)

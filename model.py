@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checkpoint import (PUBLISHED, choose_device, describe, fill_randomly, read_config,
-                                read_whole, shards, tensors)
+from support.checkpoint import (choose_device, describe, fill_randomly, read_config, read_whole,
+                                shards, tensors)
 from support.files import need
 from support.linear import Linear
 from support.memory import check_memory
@@ -61,9 +61,6 @@ class Config:
         return Config(**read_config(path))
 
 
-SHAPES = {name: Config(**fields) for name, fields in PUBLISHED.items()}
-
-
 class Rope(NamedTuple):
     """Where the tokens of a pass are: made by `Llama.rope`, used by all blocks up to a drop."""
     pos: torch.Tensor               # (B, n) original positions, increasing
@@ -79,7 +76,8 @@ def positions(tokens, lengths=None):
     pos = pos.expand(B, N)
     if lengths is None:
         return pos
-    return pos.masked_fill(beyond(lengths, tokens.device), PAD)
+    ends = torch.tensor(lengths, device=tokens.device)
+    return pos.masked_fill(pos >= ends[:, None], PAD)
 
 
 def beyond(lengths, device):
@@ -233,7 +231,9 @@ class Block(nn.Module):
         kv_dim = c.n_kv_heads * c.head_dim
         biased = partial(Linear, bias=c.qkv_bias)
         plain = partial(Linear, bias=False)
-        norm = partial(RMSNorm, c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity
+        norm = nn.Identity
+        if c.qk_norm:
+            norm = partial(RMSNorm, c.head_dim, c.norm_eps)
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.q = biased(c.dim, q_dim)

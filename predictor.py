@@ -4,13 +4,14 @@ There are no gradients at inference, so at each stage a two-layer MLP reads a to
 and scores it: two logits, keep and drop. It learns the ranking that the gradient saliency gives.
 Nothing here knows the backbone.
 
-Shapes: B rows, n tokens, D hidden; pi (B, n, 2) is Eq. 1's; scores (its keep logit minus its drop
-logit), saliencies and masks are (B, n).
+Shapes: B rows, n tokens, D hidden; pi (B, n, 2) is Eq. 1's; scores, saliencies, masks (B, n).
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from support.around import mean_around
 
 
 def predictor_width(dim):
@@ -22,18 +23,24 @@ class Predictor(nn.Module):
     """The module of one stage: hidden states (B, n, D) -> keep and drop logits (B, n, 2), fp32.
 
     A LayerNorm, not in Eq. 1, comes first: some features of the states are a hundred times others.
+    near, beyond the paper: it also reads the mean state of the 33 tokens around (`mean_around`).
+    Half as wide, it costs the same.
     """
 
-    def __init__(self, dim, width=None):
+    def __init__(self, dim, width=None, near=False):
         super().__init__()
-        width = width or predictor_width(dim)
+        width = width or predictor_width(dim) // (2 if near else 1)
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, width)         # named as in the saved files
         self.down = nn.Linear(width, 2)
+        self.near = nn.Linear(dim, width, bias=False) if near else None
 
-    def forward(self, x):
+    def forward(self, x, pos=None, there=None):     # (B, n), (B, n): see mean_around
         x = self.norm(x.to(self.norm.weight.dtype))     # the backbone may be in half precision
-        pi = self.down(F.gelu(self.up(x)))  # Eq. 1
+        hidden = self.up(x)
+        if self.near:
+            hidden = hidden + mean_around(self.near(x), pos, there)
+        pi = self.down(F.gelu(hidden))  # Eq. 1
         return pi.float()
 
 

@@ -64,11 +64,6 @@ class Schedule:
             counts[b:] = [left] * (blocks - b)
         return counts
 
-    @property
-    def pruned(self):
-        """The share of the prompt that all stages together drop."""
-        return 1 - self.share(self.stages)
-
     @staticmethod
     def scaled(blocks):
         """The paper's schedule in proportion to another depth: about 35% kept at the end."""
@@ -148,7 +143,7 @@ class Stage(NamedTuple):
 def predictor_scorer(predictors):
     """The paper's scorer; any function (stage from 0, x (B, n, D), pos (B, n)) -> (B, n) is one."""
     def scorer(stage, x, pos):
-        logits = predictors[stage](x)
+        logits = predictors[stage](x, pos)
         return score(logits)
     return scorer
 

@@ -89,21 +89,11 @@ def sparsity(s):
 
 
 def prompt_saliency(model, example, reduce):
-    """Figure 1: the saliency of one row's prompt after every block, (L, prompt_len)."""
+    """The saliency of one row's prompt after every block, (L, prompt_len) on the CPU."""
     tokens = example.tokens[None].to(model.device)
     blocks = range(1, len(model.blocks) + 1)
     s = saliency(model, tokens, example.prompt_len, blocks, reduce)
-    return s[:, 0, :example.prompt_len]
-
-
-def mean_sparsity(model, rows, reduce):
-    """Figure 2: the sparsity after every block, averaged over rows, a list of L."""
-    found = []
-    for example in rows:
-        s = prompt_saliency(model, example, reduce)
-        found.append(sparsity(s).cpu())
-    mean = torch.stack(found).mean(0)
-    return mean.tolist()
+    return s[:, 0, :example.prompt_len].cpu()
 
 
 def main():
@@ -114,12 +104,14 @@ def main():
     model = load(args.ckpt)
     if args.figure == 1:
         example = rows[0]
-        s = prompt_saliency(model, example, args.reduce).cpu()
+        s = prompt_saliency(model, example, args.reduce)
         result = show_figure1(s, tokenizer, example, args.png)
     else:
-        watched = counted(rows, "rows", args.quiet)
-        values = mean_sparsity(model, watched, args.reduce)
-        result = show_figure2(values, args.ckpt, len(rows), args.png)
+        found = []
+        for example in counted(rows, "rows", args.quiet):
+            s = prompt_saliency(model, example, args.reduce)
+            found.append(sparsity(s))
+        result = show_figure2(torch.stack(found), args.ckpt, args.png)
     print_json(args, model, result)
 
 

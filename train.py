@@ -53,6 +53,7 @@ class Recipe:
     weights: Loss = Loss()
     reduce: str = "norm_gx"         # gradient -> saliency, see reduce_saliency
     around: float = 0.0             # share of it that is the mean of the 65 tokens around
+    near: bool = False              # predictors also read the mean state of 33 around
     pairs: str = "equal"            # see ranking_loss
     mask: str = "topk"              # the scheduled count; the paper samples, "gumbel"
     tau: float = 1.0                # temperature of the Gumbel-Softmax
@@ -124,6 +125,7 @@ def masked_pass(model, predictors, batch, schedule, mask="topk", tau=1.0):
     tokens, prompt_len, lengths = batch
     after = schedule.after(len(model.blocks))
     pos = positions(tokens, lengths)
+    asked = positions(tokens, prompt_len)                       # the response at PAD
     rope = model.rope(pos, tokens.shape[1])
     droppable = candidates(pos, prompt_len, schedule)
     attend = causal_attention
@@ -134,7 +136,7 @@ def masked_pass(model, predictors, batch, schedule, mask="topk", tau=1.0):
         x = recomputed(block, x, rope, attend)      # of long rows no N x N weights are kept
         if i in after:
             stage = len(masks)                                  # from 1
-            pi = predictors[stage - 1](x)                       # (B, N, 2)
+            pi = predictors[stage - 1](x, asked, now)           # (B, N, 2)
             if mask == "gumbel":
                 chosen = gumbel_mask(pi, tau, now)
             else:
@@ -210,11 +212,12 @@ def pruning(model, predictors, batch, marks, schedule, recipe):
         competing = [droppable & (m > 0) for m in masks[:-1]]
         left = prompt_share(masks[-1], prompt_len)
     if recipe.states == "marked":
-        pis = [predictor(x) for predictor, x in zip(predictors, marks.states)]
-        competing = [droppable]
-        for stage, s in enumerate(marks.saliency[1:], start=1):
-            # The next stage learns on as many tokens as this one leaves, the most salient.
+        asked = positions(tokens, prompt_len)           # the response at PAD
+        pis, competing = [], []
+        for stage, (x, s) in enumerate(zip(marks.states, marks.saliency)):
+            # Each stage learns on as many tokens as the one before leaves, the most salient.
             m = survivors(s, pos, batch, stage, schedule)
+            pis.append(predictors[stage](x, asked, m))
             competing.append(droppable & (m > 0))
     weights, pairs = recipe.weights, recipe.pairs
     loss, terms = losses(pis, competing, marks, logits, labels, weights, pairs)
@@ -275,7 +278,7 @@ def rate(step, steps, warmup):
 def prepare(model, schedule, recipe):
     """New predictors, one for each stage, and their optimiser."""
     torch.manual_seed(recipe.seed)
-    modules = [Predictor(model.config.dim) for _ in range(schedule.stages)]
+    modules = [Predictor(model.config.dim, near=recipe.near) for _ in range(schedule.stages)]
     predictors = nn.ModuleList(modules).to(model.device)
     optimizer = torch.optim.AdamW(
         predictors.parameters(),

@@ -19,7 +19,8 @@ if __name__ == "__main__":
     # This folder stood here, and in it gguf.py hides the package gguf.
     sys.path[0] = str(HERE.parent)
 
-from model import SHAPES, Llama, hf_name  # noqa: E402
+from lab.plan import SHAPES  # noqa: E402
+from model import Llama, hf_name  # noqa: E402
 from support.files import need  # noqa: E402
 from support.options import (add_quiet_argument, at_least, cli,  # noqa: E402
                              command_parser)

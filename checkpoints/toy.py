@@ -417,7 +417,7 @@ def evaluate(args):
     lengths = [prompt_len for _, prompt_len, _ in prompts]
     print(f"{len(prompts)} fresh prompts of {min(lengths)} to {max(lengths)} tokens,"
           f" stages after blocks {schedule.after(len(model.blocks))},"
-          f" {schedule.pruned:.0%} dropped by the last stage")
+          f" {1 - schedule.share(schedule.stages):.0%} dropped by the last stage")
     print(f"{'scorer':12} exact answers   asked facts' tokens kept to the end")
     left_out = {"prior"}            # these predictors have none
     if predictors is None:

@@ -296,7 +296,7 @@ def tradeoff(study, heldout, schedule, predictors, prior):
 
     for keep in keep_ratios(schedule):
         own = replace(schedule, keep=keep)
-        print(f"\nkeep {keep}: {1 - own.pruned:.0%} left after the last stage", flush=True)
+        print(f"\nkeep {keep}: {own.share(own.stages):.0%} left after the last stage", flush=True)
         variants = {name: variant(name, own) for name in names}
         rows = compare(study, heldout, own, variants, "keep ratio")
         found += [{**row, "keep": keep} for row in rows]

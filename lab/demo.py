@@ -17,8 +17,9 @@ def show_figure1(s, tokenizer, example, png):
     return {"tokens": labels, "saliency": s.tolist()}
 
 
-def show_figure2(values, name, rows, png):
-    """Figure 2: the sparsity after each block, averaged over so many rows -> a dict."""
+def show_figure2(found, name, png):
+    """Figure 2: the sparsity after each block, (rows, L), averaged over rows -> a dict."""
+    rows, values = len(found), found.mean(0).tolist()
     for block, value in enumerate(values, start=1):
         print(f"block {block:3d}  sparsity {value:.3f}  " + "#" * round(50 * value))
     if png:

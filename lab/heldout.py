@@ -42,8 +42,9 @@ def report(model, rows, schedule, reduce, predictors):
         states, grads, _ = mark(model, tokens, n, schedule.after(len(model.blocks)))
         s = torch.stack([reduce_saliency(g, x, reduce) for g, x in zip(grads, states)])
         free = candidates(positions(tokens), [n], schedule)[0]
+        asked = positions(tokens, [n])
         for stage, x in enumerate(states):
-            predicted, true = score(predictors[stage](x))[0, free], s[stage][0, free]
+            predicted, true = score(predictors[stage](x, asked))[0, free], s[stage][0, free]
             if len(true) > 1:
                 correlations.append(spearman(predicted, true))
                 overlaps.append(overlap(predicted, true, schedule.share(stage + 1)))

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from model import FEED_FORWARD_CHUNK, SHAPES, Config, Llama
+from lab.plan import SHAPES
+from model import FEED_FORWARD_CHUNK, Config, Llama
 from predictor import Predictor
 from prune import UNPRUNED, Schedule, kv_bytes
 from support.checkpoint import DTYPES, shape_of

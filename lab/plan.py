@@ -6,12 +6,14 @@ Shapes: N prompt tokens, L blocks, D hidden, V vocabulary, W devices.
 """
 from dataclasses import replace
 
-from model import FEED_FORWARD_CHUNK, SHAPES, Config
+from model import FEED_FORWARD_CHUNK, Config
 from prune import Schedule, flops, kv_bytes
-from support.checkpoint import find
+from support.checkpoint import PUBLISHED, find
 from support.files import need
 from support.options import (add_json_argument, add_schedule_arguments, at_least, cli,
                              command_parser, print_json, schedule_options)
+
+SHAPES = {name: Config(**fields) for name, fields in PUBLISHED.items()}
 
 
 def block_bytes(config):

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from lab.figures import curve, tradeoff
-from lab.plan import plan
-from model import SHAPES
+from lab.plan import SHAPES, plan
 from prune import Schedule, flops_row
 from support.places import ROOT
 from support.files import need, read_json

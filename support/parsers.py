@@ -49,6 +49,8 @@ RECIPE = {      # the fields of a train.Recipe and its Loss: type or choices, me
     "reduce": (("norm_gx", "norm_g", "abs_dot"), "how the gradient becomes one number per token"),
     "around": (float, "beyond the paper: share of a token's saliency that is the mean of the 65 "
                "tokens around it, as what answers a question stands in one place"),
+    "near": (bool, "beyond the paper: the predictors also read the mean state of the 33 tokens "
+             "around a token"),
     "pairs": (("equal", "saliency"), "beyond the paper: saliency weighs each pair of the ranking "
               "loss by how far its saliencies lie apart"),
     "mask": (("gumbel", "topk"), "gumbel: sample each token (paper; nothing then ties the number "
@@ -74,6 +76,9 @@ def train_parser(doc, defaults):
                         help="passes over the rows (default: 2, the paper's; toy: 1)")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
     for name, (kind, meaning) in RECIPE.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+            continue
         kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(f"--{name}", default=defaults[name], help=meaning, **kind)
     parser.add_argument("--hold", action="store_true", help="keep every row's marking pass in "

@@ -72,9 +72,9 @@ def read_predictors(path, config, schedule=None):
     with blame(path, f"its tensors are not those of {made.stages} predictors"):
         need(all(t.dtype in DTYPES.values() and t.isfinite().all() for t in stored.values()),
              "a weight is not finite, or no floating point number")
-        hidden = stored["0.up.weight"].shape[0]
+        hidden, near = stored["0.up.weight"].shape[0], "0.near.weight" in stored
         with torch.device("meta"):  # shapes without memory: a damaged one may be of any size
-            modules = [Predictor(config.dim, hidden) for _ in range(made.stages)]
+            modules = [Predictor(config.dim, hidden, near) for _ in range(made.stages)]
         predictors = nn.ModuleList(modules)
         predictors.load_state_dict(stored, assign=True)
     predictors = predictors.eval().requires_grad_(False)

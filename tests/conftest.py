@@ -67,16 +67,16 @@ def tokens():
     return torch.randint(0, 90, (2, 60), generator=torch.Generator().manual_seed(1))
 
 
-def fresh_predictors(seed=0):
+def fresh_predictors(seed=0, near=False):
     """Predictors of the tiny model to train, one for each stage of SCHEDULE."""
     torch.manual_seed(seed)
-    return nn.ModuleList(Predictor(48) for _ in range(SCHEDULE.stages))
+    return nn.ModuleList(Predictor(48, near=near) for _ in range(SCHEDULE.stages))
 
 
-def predictors_for(model, seed=3):
+def predictors_for(model, seed=3, near=False):
     """Frozen predictors of a model, one for each stage of SCHEDULE."""
     torch.manual_seed(seed)
-    modules = [Predictor(model.config.dim) for _ in range(SCHEDULE.stages)]
+    modules = [Predictor(model.config.dim, near=near) for _ in range(SCHEDULE.stages)]
     return nn.ModuleList(modules).requires_grad_(False)
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import golden
 from conftest import ROOT, close, load_cpu, tiny_model
-from model import SHAPES, Config, Llama
+from lab.plan import SHAPES
+from model import Config, Llama
 from support import checkpoint, places
 from support.files import load_tensors
 from support.parsers import LONG_PROMPTS

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import command
-from lab.plan import plan
-from model import SHAPES, Llama
+from lab.plan import SHAPES, plan
+from model import Llama
 from prune import Schedule, flops, kv_bytes
 
 CONFIG = SHAPES["llama-3-70b"]

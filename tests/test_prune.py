@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from conftest import SCHEDULE, batch_of, close, command, predictors_for, tiny_model
+from lab.plan import SHAPES
 from lab.schedules import with_shares
 from lab.scorers import random_scorer
-from model import PAD, SHAPES, masked_attention, positions
+from model import PAD, masked_attention, positions
 from predictor import score
 from prune import (UNPRUNED, Schedule, candidates, drop, extend, flops, kv_bytes, local_tokens,
                    nll, predictor_scorer, prefill, select)
@@ -27,8 +28,7 @@ def test_paper_schedule_drops_65_percent():
     assert counts[4::3] == [900, 810, 729, 656, 590, 531, 478, 430, 387, 349]
     for i in range(4, 31, 3):
         assert counts[i] == counts[i + 1] == counts[i + 2]
-    assert round(schedule.pruned, 3) == 0.651
-    assert schedule.pruned == 1 - 0.9 ** 10
+    assert schedule.share(10) == 0.9 ** 10 and round(schedule.share(10), 3) == 0.349
 
 
 def test_stages_past_the_last_block_fall_away():
@@ -56,7 +56,8 @@ def test_scaled_schedule_is_the_papers_at_32_blocks():
     assert Schedule.scaled(30) == Schedule(4, 3, 9, 0.89)
     for blocks in (4, 12, 16, 24, 48, 80):
         assert Schedule.scaled(blocks).after(blocks)
-        assert 0.6 < Schedule.scaled(blocks).pruned < 0.7
+        schedule = Schedule.scaled(blocks)
+        assert 0.3 < schedule.share(schedule.stages) < 0.4
 
 
 @pytest.mark.parametrize("name, value", [
@@ -77,9 +78,9 @@ def test_explicit_shares():
     places = Schedule(1, 2, 3, sink=1, local=0.01)
     schedule = with_shares(places, [0.9, 0.9, 0.25])
     assert schedule.counts(100, 7) == [100, 90, 90, 90, 90, 25, 25]
-    assert schedule.pruned == 0.75
+    assert schedule.share(3) == 0.25
     assert replace(schedule, stages=2).counts(100, 7) == [100] + [90] * 6
-    assert replace(schedule, stages=2).pruned == 1 - 0.9
+    assert replace(schedule, stages=2).share(2) == 0.9
 
 
 @pytest.mark.parametrize("shares", [
@@ -227,10 +228,11 @@ def test_a_scorer_is_any_function(tiny, tokens):
     assert second == [*range(0, 42, 2), 59]
 
 
+@pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("window", [None, 17])
-def test_mask_equals_drop_at_every_survivor(tokens, window):
+def test_mask_equals_drop_at_every_survivor(tokens, window, near):
     model = tiny_model(window=window)
-    predictors = predictors_for(model)
+    predictors = predictors_for(model, near=near)
     N = tokens.shape[1]
     x, logits, masks = masked_pass(model, predictors, batch_of(tokens, N), SCHEDULE, mask="topk")
     _, _, trace = prefill(model, tokens, SCHEDULE, predictor_scorer(predictors))
@@ -263,8 +265,9 @@ def likelihood(logits, tokens):
     return -logits.log_softmax(-1).gather(2, told)[..., 0]
 
 
-def test_masked_response_equals_teacher_forcing_on_ragged_caches(tiny, tokens):
-    predictors = predictors_for(tiny)
+@pytest.mark.parametrize("near", [False, True])
+def test_masked_response_equals_teacher_forcing_on_ragged_caches(tiny, tokens, near):
+    predictors = predictors_for(tiny, near=near)
     x, _, _ = masked_pass(tiny, predictors, batch_of(tokens, 48), SCHEDULE, mask="topk")
     masked = likelihood(tiny.logits(x[:, 47:-1]), tokens)
     pruned = nll(tiny, tokens, 48, SCHEDULE, predictor_scorer(predictors))

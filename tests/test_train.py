@@ -152,12 +152,13 @@ def without_noise(logits, tau, previous):
 
 @pytest.mark.parametrize("mask", ["gumbel", "topk"])
 @pytest.mark.parametrize("states", ["pruned", "marked"])
+@pytest.mark.parametrize("near", [False, True])
 def test_a_batch_of_rows_of_different_length_is_the_mean_of_its_rows(tiny, unequal, mask, states,
-                                                                     monkeypatch):
+                                                                     near, monkeypatch):
     """Losses, kept shares and gradients: padding is in none of them."""
     monkeypatch.setattr(T, "gumbel_mask", without_noise)
     recipe = Recipe(Loss(distill=1.0), mask=mask, states=states, pairs="saliency")
-    predictors = fresh_predictors()
+    predictors = fresh_predictors(near=near)
 
     def run(examples):
         predictors.zero_grad()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import exercises
 from conftest import ROOT
-from model import SHAPES
+from lab.plan import SHAPES
 from test_exercises import (BUDGETS, EXERCISES, HINTS, PUZZLES, REFERENCE, TABLE_2, check,
                             difference, imported, lines, plain, praise, spec_flops, wrapped)
 
