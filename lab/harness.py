@@ -102,7 +102,7 @@ class Reader:
             groups.setdefault(tuple(context), []).append(number)
         found = [None] * len(pairs)
         for context, numbers in counted(list(groups.items()), f"contexts, {self.name}", quiet):
-            answers = [Answer(pairs[number][1], 0, 1) for number in numbers]
+            answers = [Answer(pairs[number][1], 0) for number in numbers]
             tokens, used = self.prepare(list(context))
             read, _ = read_answers(self.setup.model, tokens, answers, *used)
             for number, (value, _, chosen) in zip(numbers, read):

@@ -72,7 +72,7 @@ def needle_item(tokenizer, words, n, depth, place, draw, form):
     lead = tokenizer.encode(fact, bos=False)
     whole = tokenizer.encode(f"{fact} {number}", bos=False)
     need(whole[:len(lead)] == lead, "this tokenizer joins the number to the word before it")
-    return Item(prompt, [Answer(whole, len(lead), len(str(number)))], 0)
+    return Item(prompt, [Answer(whole, len(lead))])
 
 
 def needle_items(tokenizer, path, cells, needles, form, seed):

@@ -8,10 +8,9 @@ between scorers are paired.
     python -m lab.quality                                   # the toy's held-out rows
     python -m lab.quality --ckpt smollm2 --data dolly.jsonl --context \\
         --min-prompt 128 --max-prompt 448 --limit 100
-    python -m lab.quality --ckpt smollm2 --task piqa --data piqa.jsonl --shots 5    # Table 3
     python -m lab.quality --ckpt smollm2 --task long --data multi_news.jsonl \\
         --max-prompt 2048 --rouge                           # Table 1
-    python -m lab.quality --ckpt smollm2 --task copa --data copa.jsonl \\
+    python -m lab.quality --ckpt smollm2 --data dolly.jsonl --context \\
         --scorers full full+h2o full+local predictor predictor+h2o      # Table 6
 
 tasks: nll      likelihood of the response of Dolly rows {instruction, context, response}; "share
@@ -19,9 +18,6 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 (100%)
        text     likelihood of the next --max-response tokens after --max-prompt tokens of plain
                 text, rows {text}
-       copa, piqa, winogrande, boolq, choice    accuracy of the likeliest answer, in
-                lm-evaluation-harness' formats: acc by likelihood, acc_norm by likelihood per
-                character; choice reads any rows {context, choices, label}
        lambada  the last word of {text}: is it the model's own choice?
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
@@ -58,7 +54,7 @@ from torch import nn
 from infer import generate, greedy
 from lab.schedules import one_cut
 from lab.scorers import SCORERS, TRAINED, make_scorer, oracle_scorer
-from lab.tasks import CHOICE, Answer, Item, choice_items, f1, long_items, rouge_l, text_items
+from lab.tasks import Answer, Item, f1, lambada_items, long_items, rouge_l, text_items
 from model import KVCache, Llama, Tokenizer, positions
 from prune import UNPRUNED, Schedule, extend, prefill, select
 from saliency import REDUCE, saliency
@@ -285,7 +281,7 @@ def choose_scorer(setup, item, arm, schedule, seed, known):
 def answer_saliency(setup, item, reduce):
     """The saliency of the prompt for its right answer, at every stage: (S, 1, N)."""
     model = setup.model
-    right = item.prompt + item.answers[item.gold].tokens
+    right = item.prompt + item.answers[0].tokens
     stages = setup.schedule.after(len(model.blocks))
     tokens = torch.tensor([right], device=model.device)
     return saliency(model, tokens, len(item.prompt), stages, reduce)
@@ -379,10 +375,8 @@ def mean_of(values):
     return Metric(values, [1.0] * len(values))
 
 
-def metrics(rows, arm, task, items, score="f1"):
+def metrics(rows, arm, task, score="f1"):
     """The metrics of one arm: {name: Metric}; score: the name of what Setup.score gives."""
-    if task in CHOICE:
-        return accuracies([row[arm]["answers"] for row in rows], items)
     first = [row[arm]["answers"][0] for row in rows]
     nll = Metric([-value for value, _, _ in first], [count for _, count, _ in first])
     if task == "lambada":
@@ -391,17 +385,6 @@ def metrics(rows, arm, task, items, score="f1"):
         return {"nll": nll}
     found = {score: mean_of([row[arm]["score"] for row in rows]), "nll": nll}
     return found | (speedups(rows, arm) if "full" in rows[0] else {})
-
-
-def accuracies(answers, items):
-    """Multiple choice by likelihood, also per character, from read_answers' numbers."""
-    right, right_per_char = [], []
-    for item, read in zip(items, answers):
-        values = [value for value, _, _ in read]
-        per_char = [value / max(1, answer.n_chars) for value, answer in zip(values, item.answers)]
-        right.append(values.index(max(values)) == item.gold)
-        right_per_char.append(per_char.index(max(per_char)) == item.gold)
-    return {"acc": mean_of(right), "acc_norm": mean_of(right_per_char)}
 
 
 def speedups(rows, arm):
@@ -420,9 +403,9 @@ def difference(a, b):
     return [x - y for x, y in zip(a, b)]
 
 
-def table(rows, arms, task, items, score="f1"):
+def table(rows, arms, task, score="f1"):
     """Rows of the result, a dict for each metric and arm, from those of measure_rows."""
-    by_arm = {arm: metrics(rows, arm, task, items, score) for arm in arms}
+    by_arm = {arm: metrics(rows, arm, task, score) for arm in arms}
     found = []
     for name in by_arm[arms[0]]:
         metric = {arm: by_arm[arm][name] for arm in arms}
@@ -486,19 +469,16 @@ def options():
     parser = command_parser(__doc__)
     add_pruning_arguments(parser)
     add_data_arguments(parser, limit=100)
-    parser.add_argument("--task", choices=("nll", "text", *CHOICE, "lambada", "long"),
-                        default="nll", help="see above")
+    parser.add_argument("--task", choices=("nll", "text", "lambada", "long"), default="nll",
+                        help="see above")
     parser.add_argument("--scorers", nargs="+",
                         help="see above; default: those that suit the task")
-    parser.add_argument("--shots", type=at_least(0), default=0,
-                        help="few-shot examples before a multiple-choice or LAMBADA prompt")
     parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE",
                         help="what +h2o and +local keep of every KV cache")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64,
                         help="task long: tokens generated in every arm (the text ends at eos)")
     parser.add_argument("--rouge", action="store_true",
                         help="task long: ROUGE-L instead of F1 (for summaries)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
     parser.add_argument("--rows-file", metavar="FILE", type=rows_file,
                         help="JSONL of the rows measured so far (default: a file under "
                         "out/quality/ named after the command)")
@@ -510,9 +490,6 @@ def options():
 
 def check_task(args):
     """Refuse what the task does not read, before anything is read."""
-    choice = args.task in (*CHOICE, "lambada")
-    need(choice or not args.shots,
-         f"--task {args.task} has no few-shot examples: leave out --shots")
     need(args.task == "long" or not args.rouge,
          f"--task {args.task} generates no text: leave out --rouge")
     need(args.task == "nll" or args.data, f"--task {args.task} needs --data")
@@ -526,7 +503,7 @@ def check_lengths(items, limit, new_tokens):
         need(read <= limit,
              f"row {number}: a prompt of {len(item.prompt):,} tokens and an answer of {longest:,} "
              f"are more than this model's {limit:,} positions; choose a smaller --max-prompt, "
-             "--max-response or --max-new-tokens, or fewer --shots")
+             "--max-response or --max-new-tokens")
 
 
 def read_items(args, tokenizer, metadata):
@@ -539,13 +516,13 @@ def read_items(args, tokenizer, metadata):
         template, system, _ = chosen_template(args, metadata)
         return long_items(tokenizer, args.data, template, args.min_prompt, args.max_prompt,
                           args.max_response, args.question, args.limit, system)
-    return choice_items(tokenizer, args.data, args.task, args.limit, args.shots, args.seed)
+    return lambada_items(tokenizer, args.data, args.limit)
 
 
 def as_item(example):
     """An Example, whose response is the only answer."""
     ids, n = example.tokens.tolist(), example.prompt_len
-    return Item(ids[:n], [Answer(ids[n:], 0, 1)], 0)
+    return Item(ids[:n], [Answer(ids[n:], 0)])
 
 
 def identity(args, arms, setup, first):
@@ -609,7 +586,7 @@ def main():
     done = measure_rows(setup, items, arms, log, run, args.quiet)
     if rank():
         return
-    rows = table(done[:len(items)], arms, args.task, items, "rouge_l" if args.rouge else "f1")
+    rows = table(done[:len(items)], arms, args.task, "rouge_l" if args.rouge else "f1")
     show(rows)
     mean = sum(lengths) / len(lengths)
     told = {"task": args.task, "data": args.data and Path(args.data).name,

@@ -242,13 +242,20 @@ def shares(*found, titles=(), only=()):
 
 SHORT = ("oracle:norm_gx", "truncate", "earliest@cut", "predictor", "earliest", "norm", "expected")
 
-TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ"}
-PER_CHARACTER = ("copa", "piqa")    # also scored by likelihood per character
-CHOICE = [(task, shots) for shots in (0, 5) for task in TASKS]
+TASKS = {"copa": "COPA", "piqa": "PIQA", "winogrande": "WinoGrande", "boolq": "BoolQ",
+         "lambada_openai": "LAMBADA"}
 
 
 def by_metric(found):
     return {(row["scorer"], row["metric"]): row for row in found["rows"]}
+
+
+def by_task(found):
+    """The rows of lab.harness -> {task: {(scorer, metric): row}}."""
+    tasks = {}
+    for row in found["rows"]:
+        tasks.setdefault(row["task"], {})[row["scorer"], row["metric"]] = row
+    return tasks
 
 
 def mean(tasks, scorer, value, error):
@@ -268,18 +275,20 @@ def accuracies(title, by, scorers, metrics=("acc",)):
 
 
 def choice(*found):
-    """Table 3, a task in each row: accuracy, for two also by likelihood per character; means."""
-    *tasks, lambada = map(by_metric, found)
-    scorers = [scorer for scorer, metric in lambada if metric == "acc"]     # the first is full
+    """Table 3, a task in each row: accuracy, where there are two, also by likelihood per character.
+
+    The means are those of the multiple-choice tasks, without LAMBADA.
+    """
     rows = []
-    for (task, shots), by in zip(CHOICE, tasks):
-        metrics = ("acc", "acc_norm") if task in PER_CHARACTER else ("acc",)
-        rows.append(accuracies(f"{TASKS[task]}, {shots}-shot", by, scorers, metrics))
-    rows.append(accuracies("LAMBADA", lambada, scorers))
-    for shots in (0, 5):
-        these = [by for by, (_, number) in zip(tasks, CHOICE) if number == shots]
-        means = [mean(these, scorer, "value", "stderr") for scorer in scorers]
-        paired = [mean(these, scorer, "vs_full", "vs_full_stderr") for scorer in scorers[1:]]
+    for one in found:
+        tasks, shots = by_task(one), one["num_fewshot"] or 0
+        scorers = list(dict.fromkeys(row["scorer"] for row in one["rows"]))     # the first is full
+        for task, by in tasks.items():
+            metrics = [name for name in ("acc", "acc_norm") if ("full", name) in by]
+            rows.append(accuracies(f"{TASKS[task]}, {shots}-shot", by, scorers, metrics))
+        chosen = [by for task, by in tasks.items() if task != "lambada_openai"]
+        means = [mean(chosen, scorer, "value", "stderr") for scorer in scorers]
+        paired = [mean(chosen, scorer, "vs_full", "vs_full_stderr") for scorer in scorers[1:]]
         rows += [[f"{shots}-shot mean", *means], ["against full (paired)", "", *paired]]
     return ["accuracy, %", *(NAMES[scorer] for scorer in scorers)], rows
 
@@ -309,13 +318,14 @@ def long_prompts(*found):
             "share of the gap", "prefill", "end to end"], rows
 
 
-def h2o(copa, piqa, dolly):
+def h2o(tasks, dolly):
     """Table 6."""
-    copa, piqa, dolly = by_metric(copa), by_metric(piqa), by_metric(dolly)
+    tasks, dolly = by_task(tasks), by_metric(dolly)
+    copa, piqa = tasks["copa"], tasks["piqa"]
     rows = []
     for arm in ("full", "full+h2o", "predictor", "predictor+h2o", "full+local"):
-        tasks = (copa[arm, "acc"], piqa[arm, "acc"])
-        accuracy = [points(task["value"], task["stderr"]) for task in tasks]
+        accuracy = [points(by[arm, "acc"]["value"], by[arm, "acc"]["stderr"])
+                    for by in (copa, piqa)]
         nll = dolly[arm, "nll"]
         against = "" if arm == "full" else plus(nll["vs_full"], nll["vs_full_stderr"])
         rows.append([NAMES[arm], *accuracy, likelihood(nll), against])
@@ -476,10 +486,9 @@ TABLES = {
     "larger": Table(partial(shares, titles=("Dolly, 0.5B", "Dolly, 135M", "passages, 0.5B",
                                             "passages, 135M"), only=SHORT),
                     ("qwen05_dolly", "smollm2_rules", "qwen05_passages", "smollm2_passages")),
-    "choice": Table(choice, (*(f"smollm2_{task}_{shots}" for task, shots in CHOICE),
-                             "smollm2_lambada")),
+    "choice": Table(choice, ("smollm2_harness_0", "smollm2_harness_5")),
     "long": Table(long_prompts, tuple(LONG)),
-    "h2o": Table(h2o, ("smollm2_h2o_copa", "smollm2_h2o_piqa", "smollm2_h2o_nll")),
+    "h2o": Table(h2o, ("smollm2_harness_h2o", "smollm2_h2o_nll")),
     "speed": Table(speed_short, ("smollm2_speed_cpu",)),
     "speed_arms": Table(speed_arms, ("smollm2_speed_cpu",)),
     "speed_ratios": Table(speed_ratios, ("smollm2_speed_cpu",)),

@@ -85,17 +85,11 @@ make qwen05_needle python -m lab.needle $larger --data $data/wikitext2_valid.jso
     --lengths 1024 2048 --png "$results/qwen05_needle.png"
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40
+# lm-evaluation-harness' own tasks; fp32: answers may differ by less than bfloat16 tells
+harness="python -m lab.harness --ckpt smollm2 --data $data"
 scorers="--scorers full predictor prior random recent attention"
-for task in copa piqa winogrande boolq; do
-    for shots in 0 5; do
-        limit=100
-        [[ $task$shots == boolq5 ]] && limit=40
-        # fp32: answers may differ by less than bfloat16 tells
-        make smollm2_${task}_$shots $quality --ckpt smollm2 --task $task --data $data/$task.jsonl \
-            --shots $shots --limit $limit $scorers
-    done
-done
-make smollm2_lambada $quality $real --task lambada --data $data/lambada.jsonl --limit 120 $scorers
+make smollm2_harness_0 $harness --tasks copa piqa winogrande boolq lambada_openai --limit 100 $scorers
+make smollm2_harness_5 $harness --tasks copa piqa winogrande boolq --num-fewshot 5 --limit 40 $scorers
 
 # Long prompts, and H2O
 scorers="--scorers full predictor predictor@5 compress random recent"
@@ -106,10 +100,7 @@ done
 make smollm2_dolly_f1 $quality $real --task long --data $data/dolly.jsonl \
     --min-prompt 128 --max-prompt 448 --limit 40 $scorers
 scorers="--scorers full full+h2o full+local predictor predictor+h2o"
-for task in copa piqa; do
-    make smollm2_h2o_$task $quality --ckpt smollm2 --task $task --data $data/$task.jsonl --shots 5 \
-        --limit 40 $scorers
-done
+make smollm2_harness_h2o $harness --tasks copa piqa --num-fewshot 5 --limit 40 $scorers
 make smollm2_h2o_nll $quality $real $dolly --limit 24 $scorers random
 
 # Ablations

@@ -199,7 +199,7 @@ def test_h2o_that_keeps_everything_may_have_a_window(tokens, share):
 
 
 def test_rows_that_a_window_would_stop_are_named_before_any_is_read(tokens):
-    items = [Item(list(range(n)), [Answer([5, 6, 7], 0, 1)], 0) for n in (28, 29)]
+    items = [Item(list(range(n)), [Answer([5, 6, 7], 0)]) for n in (28, 29)]
     setup = quality.Setup(tiny_model(window=30), SCHEDULE)
     quality.check_window(setup, items[:1], ["full", "random+h2o"])
     quality.check_window(setup, items, ["full", "random"])

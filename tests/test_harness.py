@@ -84,7 +84,7 @@ def test_a_context_is_read_once_and_its_continuations_as_if_alone(setup, monkeyp
 @pytest.mark.parametrize("name", ["full", "predictor@3", "earliest+h2o", "compress"])
 def test_an_arm_reads_as_in_lab_quality(setup, name):
     context, continuation = pairs_of(random_rows(1))[0]
-    item = Item(context, [Answer(continuation, 0, 1), Answer(continuation[:2], 0, 1)], 0)
+    item = Item(context, [Answer(continuation, 0), Answer(continuation[:2], 0)])
     expected = quality.measure_arm(setup, item, setup.arm(name), 0, {})
     reader = Reader(setup, name)
     found = reader.read([(context, answer.tokens) for answer in item.answers])

@@ -151,7 +151,7 @@ def test_damage_that_only_decode_meets_is_named(tiny, tokens, damage, drawn):
 
 def test_a_likelihood_that_is_none_names_its_row_and_is_not_kept(tiny, tmp_path):
     tiny.embed.weight.data[88] = math.nan
-    items = [Item(list(range(20)), [Answer(answer, 0, 1)], 0) for answer in ([5, 6], [88, 5])]
+    items = [Item(list(range(20)), [Answer(answer, 0)]) for answer in ([5, 6], [88, 5])]
     log = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="^row 2, random: random weights: the logits are not fini"):
         quality.measure_rows(quality.Setup(tiny, SCHEDULE), items, ["full", "random"], log, "run")

@@ -124,7 +124,7 @@ def test_bad_input_ends_in_one_line(leaves, tmp_path, monkeypatch, words, messag
 
 
 def test_a_sliding_window_has_to_hold_everything(tiny):
-    item = Item(list(range(70)), [Answer([1, 2, 3], 0, 1)], 0)
+    item = Item(list(range(70)), [Answer([1, 2, 3], 0)])
     config = tiny.config
     peers.check_items([item], ["SnapKV"], config)
     peers.check_items([item], ["SnapKV"], replace(config, window=72))
@@ -152,7 +152,7 @@ def test_another_unpruned_model_is_refused():
 
 
 def test_the_second_table(tiny, capsys):
-    items = [Item([0] * n, [Answer([1], 0, 1)], 0) for n in (10, 30)]
+    items = [Item([0] * n, [Answer([1], 0)]) for n in (10, 30)]
     rows = [{"full": {"keep": 1.0, "prefill_s": 2.0}, "Knorm": {"keep": 0.5, "prefill_s": 4.0}}] * 2
     full, knorm = peers.costs(rows, ["full", "Knorm"], items, tiny.config)
     assert full["kv_bytes"] == 2 * knorm["kv_bytes"] == kv_bytes(tiny.config, [20] * 6, 4)
@@ -188,7 +188,7 @@ def test_an_answer_goes_on_where_the_prompt_ended(toy):
 def test_an_answer_of_one_token(toy):
     setup, items = toy
     theirs = peers.load_peers("toy", "cpu", {})
-    item = items[0]._replace(answers=[Answer(items[0].answers[0].tokens[:1], 0, 1)])
+    item = items[0]._replace(answers=[Answer(items[0].answers[0].tokens[:1], 0)])
     (value, count, chosen), _, _ = peers.read_peer(theirs, item)
     ours = quality.measure(setup, item, ["full"], 0)["full"]["answers"][0]
     assert value == pytest.approx(ours[0], abs=1e-4) and [count, chosen] == ours[1:]

@@ -70,8 +70,8 @@ def test_default_arms_suit_the_task():
     assert arms("nll", prior=0.0) == [*own[:2], *rules, *attention, *oracles]
     assert arms("nll", tp=True) == [*own, *rules, *oracles]
     assert arms("text") == [*own, *rules, "attention", "oracle:norm_gx"]
-    assert arms("piqa") == [*own, "random", "recent", "attention"]
-    assert arms("piqa", tp=True, trained=False) == ["full", "random", "recent"]
+    assert arms("lambada") == [*own, "random", "recent", "attention"]
+    assert arms("lambada", tp=True, trained=False) == ["full", "random", "recent"]
     assert arms("long") == [*own, "compress", "random", "recent"]
     assert arms("long", trained=False) == ["full", "random", "recent"]
 
@@ -83,7 +83,7 @@ def test_default_arms_suit_the_task():
 def test_answers_are_read_on_the_same_caches(tiny, tokens, cache):
     """Each is as likely as in a pass of its own; H2O that keeps everything changes nothing."""
     prompt = tokens[:1, :48]
-    answers = [Answer([3, 4, 5], 0, 1), Answer([7], 0, 1), Answer([9, 8, 7, 6], 2, 1)]
+    answers = [Answer([3, 4, 5], 0), Answer([7], 0), Answer([9, 8, 7, 6], 2)]
     found, seconds = read_answers(tiny, prompt, answers, SCHEDULE, random_scorer(4), cache)
     assert seconds > 0
     for answer, (value, count, chosen) in zip(answers, found, strict=True):
@@ -95,7 +95,7 @@ def test_answers_are_read_on_the_same_caches(tiny, tokens, cache):
 
 @pytest.mark.parametrize("cache", [KVCache, h2o(0.4), h2o(0.4, 0.0)])
 def test_an_answer_does_not_depend_on_those_before_it(tiny, tokens, cache):
-    answers = [Answer([9, 8, 7, 6], 2, 1), Answer([3, 4, 5], 0, 1), Answer([9, 8, 7, 6], 2, 1)]
+    answers = [Answer([9, 8, 7, 6], 2), Answer([3, 4, 5], 0), Answer([9, 8, 7, 6], 2)]
 
     def read(some):
         return read_answers(tiny, tokens[:1], some, SCHEDULE, random_scorer(4), cache)[0]
@@ -107,14 +107,14 @@ def test_an_answer_under_h2o_is_what_decode_would_say(tiny, tokens):
     said = generate(tiny, tokens[:1], 8, cache=h2o(0.4), eos=()).tokens
     whole = generate(tiny, tokens[:1], 8, eos=()).tokens
     assert said != whole and said[0] == whole[0]
-    answers = [Answer(said, 0, 1), Answer(whole, 0, 1)]
+    answers = [Answer(said, 0), Answer(whole, 0)]
     found, _ = read_answers(tiny, tokens[:1], answers, cache=h2o(0.4))
     assert [chosen for _, _, chosen in found] == [True, False]
 
 
 def test_greedy_answer_is_recognised(tiny, tokens):
     said = generate(tiny, tokens[:1], 3).tokens
-    found, _ = read_answers(tiny, tokens[:1], [Answer(said, 0, 1)])
+    found, _ = read_answers(tiny, tokens[:1], [Answer(said, 0)])
     assert found[0][2]
 
 
@@ -166,13 +166,12 @@ def row_of(sums, **more):
             for arm, (a, b) in sums.items()}
 
 
-def test_table_of_a_choice():
-    # per character the second choice is likelier
-    items = [Item([1], [Answer([1], 0, 1), Answer([1], 0, 4)], 0)] * 2
+def test_an_accuracy_has_a_difference_and_no_share():
     done = [row_of({"full": (1, 2), "random": (3, 2)}), row_of({"full": (3, 2), "random": (1, 2)})]
-    table = quality.table(done, ["full", "random"], "piqa", items)
+    done[0]["full"]["answers"][0][2] = done[1]["random"]["answers"][0][2] = True
+    table = quality.table(done, ["full", "random"], "lambada")
     rows = {(row["scorer"], row["metric"]): row for row in table}
-    assert rows["full", "acc"]["value"] == 0.5 and rows["full", "acc_norm"]["value"] == 0.0
+    assert rows["full", "acc"]["value"] == rows["random", "acc"]["value"] == 0.5
     assert rows["random", "acc"]["vs_full"] == 0.0
     assert rows["random", "acc"]["vs_full_stderr"] == 1.0
     assert "share_of_gap" not in rows["random", "acc"]
@@ -180,7 +179,7 @@ def test_table_of_a_choice():
 
 def test_table_of_likelihoods(capsys):
     done = [row_of({"full": (4, 0), "recent": (6, 0), "random": (8, 0)})] * 3
-    table = quality.table(done, ["full", "recent", "random"], "nll", [None] * 3)
+    table = quality.table(done, ["full", "recent", "random"], "nll")
     full, recent, random = table
     assert full == {"scorer": "full", "metric": "nll", "value": 1.0, "stderr": 0.0, "n": 3,
                     "mean_keep": 0.5}
@@ -198,7 +197,7 @@ def test_table_of_likelihoods(capsys):
 def test_table_of_long_prompts():
     full = row_of({"full": (4, 0)}, score=1.0, prefill_s=3.0, e2e_s=8.0)
     done = [full | row_of({"recent": (8, 0)}, score=0.25, prefill_s=1.0, e2e_s=4.0)] * 2
-    table = quality.table(done, ["full", "recent"], "long", [None] * 2, "rouge_l")
+    table = quality.table(done, ["full", "recent"], "long", "rouge_l")
     values = {(row["scorer"], row["metric"]): row["value"] for row in table}
     assert values == {
         ("full", "rouge_l"): 1.0, ("recent", "rouge_l"): 0.25,
@@ -211,7 +210,7 @@ def test_table_of_long_prompts():
 def test_lambada_counts_the_models_own_choice():
     done = [row_of({"full": (4, 0)}), row_of({"full": (2, 0)})]
     done[1]["full"]["answers"][0][2] = True
-    found = quality.metrics(done, "full", "lambada", [None] * 2)
+    found = quality.metrics(done, "full", "lambada")
     assert found == {"acc": Metric([0.0, 1.0], [1.0, 1.0]), "nll": Metric([4, 2], [4, 4])}
 
 
@@ -224,7 +223,7 @@ def answers_of(rows, names):
 
 def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypatch):
     setup, names = Setup(tiny, SCHEDULE), ["full", "random"]
-    items = [Item(list(range(20 + i)), [Answer([5, 6], 0, 1)], 0) for i in range(4)]
+    items = [Item(list(range(20 + i)), [Answer([5, 6], 0)]) for i in range(4)]
     log = tmp_path / "rows.jsonl"
     whole = measure_rows(setup, items, names, tmp_path / "whole.jsonl", "settings")
     measure_rows(setup, items[:2], names, log, "settings")
@@ -247,8 +246,8 @@ def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypa
 
 
 def test_rows_of_another_format_are_another_commands(tiny):
-    args, setup = argparse.Namespace(task="copa", data=None), Setup(tiny, SCHEDULE)
-    texts = [quality.identity(args, ["full"], setup, Item([1, 2], [Answer(tokens, 0, 5)], 0))
+    args, setup = argparse.Namespace(task="lambada", data=None), Setup(tiny, SCHEDULE)
+    texts = [quality.identity(args, ["full"], setup, Item([1, 2], [Answer(tokens, 0)]))
              for tokens in ([3], [3], [9, 3])]
     assert texts[0] == texts[1] != texts[2]
 
@@ -301,15 +300,12 @@ def test_a_task_with_words_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (("--ckpt", "random:llama-7b"), "random weights are for timings"),
-    (("--task", "piqa"), "--task piqa needs --data"),
+    (("--task", "lambada"), "--task lambada needs --data"),
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--scorers", "predictor", "--first", 3), "predictors stand after blocks"),
     (("--data", "none.jsonl"), "no such data file"),
-    (("--shots", 5), "--task nll has no few-shot examples"),
-    (("--shots", 5, "--task", "text", "--data", "t.jsonl"), "--task text has no few-shot examples"),
-    (("--shots", 5, "--task", "long", "--data", "l.jsonl"), "--task long has no few-shot examples"),
-    (("--rouge", "--task", "piqa", "--data", "p.jsonl"), "--task piqa generates no text"),
+    (("--rouge", "--task", "text", "--data", "p.jsonl"), "--task text generates no text"),
 ])
 def test_bad_input_ends_in_one_line(leaves, words, message):
     ended = leaves("lab/quality.py", *words)
@@ -321,10 +317,9 @@ def test_a_row_beyond_the_models_positions_is_named_before_the_work(leaves, tmp_
     monkeypatch.setattr(quality, "measure", None)
     text = "The fog moved behind the green mirrors. " * 400
     rows = {"text": [{"text": text}],
-            "choice": [{"context": c, "choices": ["a", "b"], "label": 0}
-                       for c in ("short", text, *"0123456789")]}
-    words = {"text": ("--max-prompt", 2000, "--max-response", 50), "choice": ()}
-    for task, number in (("text", 1), ("choice", 2)):
+            "lambada": [{"text": "a short one"}, {"text": text}]}
+    words = {"text": ("--max-prompt", 2000, "--max-response", 50), "lambada": ()}
+    for task, number in (("text", 1), ("lambada", 2)):
         data = tmp_path / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
         ended = leaves("lab/quality.py", "--task", task, "--data", data, *words[task])
