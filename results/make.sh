@@ -55,8 +55,8 @@ make smollm2_nll $quality $real $dolly --limit 120
 [[ -e out/passages.jsonl ]] || python -m lab.passages --data "$data/dolly.jsonl" --out out/passages.jsonl
 make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/passages.safetensors \
     --data out/passages.jsonl --context --max-prompt 2000 --limit 65 \
-    --scorers full predictor random earliest norm attention expected earliest@cut expected@cut \
-    truncate oracle:norm_gx
+    --scorers full predictor predictor@cut neighbours random earliest recent norm attention expected \
+    earliest@cut recent@cut norm@cut attention@cut expected@cut truncate oracle:norm_gx
 passages="--predictors checkpoints/smollm2/passages.safetensors --max-prompt 2200"
 for part in passage question; do
     rows=out/passages-$part.jsonl
@@ -80,7 +80,7 @@ some="--scorers full predictor random earliest norm earliest@cut truncate oracle
 make qwen05_dolly $quality $larger --data $data/dolly.jsonl --context --min-prompt 128 \
     --max-prompt 448 --limit 40 $some
 make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-prompt 2000 \
-    --limit 16 $some
+    --limit 40 ${some/predictor/predictor predictor@cut}
 make qwen05_needle python -m lab.needle $larger --data $data/wikitext2_valid.jsonl \
     --lengths 1024 2048 --png "$results/qwen05_needle.png"
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \

@@ -141,7 +141,7 @@ def test_shares_on_several_sets_of_rows():
     first = [int(cells[1].split("%")[0]) for cells in rows[:-2] if cells[1]]
     assert first == sorted(first, reverse=True)
     by = {cells[0]: cells for cells in rows}
-    assert by["latest tokens, one early cut"][2] == "", "not measured there"
+    assert by["trained predictors + position prior"][2] == "", "not measured there"
     _, short = tables.shares(*found, titles=("A", "B"), only=tables.SHORT)
     assert short == [cells for cells in rows if cells in short] and len(short) == 9
 
