@@ -15,7 +15,8 @@ between scorers are paired.
 
 tasks: nll      likelihood of the response of Dolly rows {instruction, context, response}; "share
                 of gap" says where a scorer stands between random pruning (0%) and the full model
-                (100%)
+                (100%), "predictor ahead by" how much of it lies between, with the error of rows
+                compared one by one
        text     likelihood of the next --max-response tokens after --max-prompt tokens of plain
                 text, rows {text}
        lambada  the last word of {text}: is it the model's own choice?
@@ -417,7 +418,7 @@ def table(rows, arms, task, score="f1"):
             if not name.endswith("speedup"):
                 row |= against_full(metric, arm)
             if name == "nll":
-                row |= share_of_gap(metric, arm)
+                row |= share_of_gap(metric, arm) | predictor_ahead(metric, arm)
             found.append(row)
     return found
 
@@ -442,11 +443,25 @@ def share_of_gap(metric, arm):
     return {"share_of_gap": value, "share_stderr": error}
 
 
+def predictor_ahead(metric, arm):
+    """How far the trained predictors are ahead of an arm, in shares of the gap, paired by row."""
+    if not {"full", "random", "predictor"} <= set(metric) or arm == "predictor":
+        return {}
+    gap = difference(metric["random"].values, metric["full"].values)
+    if not sum(gap):
+        return {}
+    lead = difference(metric[arm].values, metric["predictor"].values)
+    value, error = ratio(lead, gap)
+    return {"predictor_ahead": value, "predictor_ahead_stderr": error}
+
+
 def show(rows):
     """Print the table: a block for each metric, the best arm first."""
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap")
         these = [row for row in rows if row["metric"] == metric]
+        paired = any("predictor_ahead" in row for row in these)
+        print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap"
+              + paired * "        predictor ahead by")
         these.sort(key=lambda row: row["value"], reverse=metric != "nll")
         for row in these:
             print(line(row))
@@ -459,6 +474,9 @@ def line(row):
         text += f"   {row['vs_full']:+.3f} +- {row['vs_full_stderr']:.3f}"
     if "share_of_gap" in row:
         text += f"   {row['share_of_gap']:8.1%} +- {row['share_stderr']:.1%}"
+    if "predictor_ahead" in row:
+        space = "" if "share_of_gap" in row else " " * 20
+        text += f"{space}   {row['predictor_ahead']:+8.1%} +- {row['predictor_ahead_stderr']:.1%}"
     return text
 
 

@@ -213,13 +213,22 @@ def toy(found):
 
 
 def every_scorer(found, only=()):
-    """NLL per token of the scorers in `only`, or of all, best first."""
+    """NLL per token of the scorers in `only`, or of all, best first.
+
+    Where it was measured, a column says how far the predictors are ahead, paired by row.
+    """
     rows = [row for row in found["rows"] if row["scorer"] in only or not only]
     rows.sort(key=lambda row: row["value"])
     head = ["kept by", f"NLL per token ({rows[0]['n']} rows)", "tokens kept, mean over blocks",
             "share of the random-to-full gap"]
-    return head, [[called(row["scorer"]), likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
-                  for row in rows]
+    cells = [[called(row["scorer"]), likelihood(row), f"{row['mean_keep']:.0%}", share(row)]
+             for row in rows]
+    if any("predictor_ahead" in row for row in rows):
+        head.append("trained predictors ahead by (paired)")
+        for line, row in zip(cells, rows):
+            lead, error = row.get("predictor_ahead"), row.get("predictor_ahead_stderr")
+            line.append("" if lead is None else f"{lead:+.0%} ± {error:.0%}")
+    return head, cells
 
 
 def shares(*found, titles=(), only=()):

@@ -194,6 +194,20 @@ def test_table_of_likelihoods(capsys):
                                   "50.0%", "+-", "0.0%"]
 
 
+def test_how_far_the_predictors_are_ahead_is_paired_by_row(capsys):
+    """Every row has its own level, but the same lead: no error."""
+    done = [row_of({"full": (4 + i, 0), "predictor": (6 + i, 0), "recent": (7 + i, 0),
+                    "random": (8 + i, 0)}) for i in range(3)]
+    table = quality.table(done, ["full", "predictor", "recent", "random"], "nll")
+    leads = {row["scorer"]: (row.get("predictor_ahead"), row.get("predictor_ahead_stderr"))
+             for row in table}
+    assert leads == {"full": (-0.5, 0.0), "predictor": (None, None), "recent": (0.25, 0.0),
+                     "random": (0.5, 0.0)}
+    quality.show(table)
+    out = capsys.readouterr().out
+    assert "predictor ahead by" in out and "+25.0% +- 0.0%" in out
+
+
 def test_table_of_long_prompts():
     full = row_of({"full": (4, 0)}, score=1.0, prefill_s=3.0, e2e_s=8.0)
     done = [full | row_of({"recent": (8, 0)}, score=0.25, prefill_s=1.0, e2e_s=4.0)] * 2
