@@ -303,7 +303,7 @@ def choice(*found):
 
 
 LONG = {"smollm2_multi_news": "multi_news, summaries", "smollm2_qmsum": "QMSum, meetings",
-        "smollm2_dolly_f1": "Dolly, questions"}
+        "smollm2_dolly_f1": "Dolly, questions", "smollm2_passages_f1": "4 passages, questions"}
 
 
 def long_prompts(*found):
@@ -317,7 +317,7 @@ def long_prompts(*found):
         for scorer in dict.fromkeys(row["scorer"] for row in one["rows"]):
             score, nll = by[scorer, metric], by[scorer, "nll"]
             rows.append([
-                name, NAMES[scorer], f"{1 / score['mean_keep']:.2f}x",
+                name, called(scorer), f"{1 / score['mean_keep']:.2f}x",
                 f"{unit} {points(score['value'], score['stderr'])}", likelihood(nll), share(nll),
                 f"{by[scorer, 'prefill_speedup']['value']:.2f}x",
                 f"{by[scorer, 'e2e_speedup']['value']:.2f}x",

@@ -178,7 +178,8 @@ def test_long_prompts_name_a_set_once():
     head, rows = table.make(*map(tables.result, table.files))
     assert all(len(cells) == len(head) for cells in rows)
     named = [cells for cells in rows if cells[0]]
-    assert [cells[0].split(",")[0] for cells in named] == ["multi_news", "QMSum", "Dolly"]
+    assert [cells[0].split(",")[0] for cells in named] == ["multi_news", "QMSum", "Dolly",
+                                                          "4 passages"]
     assert all(cells[1] == "full model" and cells[2] == "1.00x" for cells in named)
     assert [cells[3].split()[0] for cells in named] == ["ROUGE-L", "ROUGE-L", "F1"]
 
