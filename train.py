@@ -53,7 +53,7 @@ class Recipe:
     weights: Loss = Loss()
     reduce: str = "norm_gx"         # gradient -> saliency, see reduce_saliency
     around: float = 0.0             # share of it that is the mean of the 65 tokens around
-    near: bool = False              # predictors also read the mean state of 33 around
+    near: bool = False              # predictors also read the mean state around a token
     pairs: str = "equal"            # see ranking_loss
     mask: str = "topk"              # the scheduled count; the paper samples, "gumbel"
     tau: float = 1.0                # temperature of the Gumbel-Softmax

@@ -20,9 +20,10 @@ def mean_around(x, pos, there=None, reach=16):
     """The mean of x over the tokens at most `reach` positions away: (B, n, C) -> (B, n, C).
 
     pos (B, n): increasing positions, ragged or not. there (B, n): what is 0 in it is not counted.
-    A running sum, in fp64: two of its values give a window's. So it is O(n), and exact.
+    A running sum, in fp64: two of its values give a window's. So it is O(n), and as exact as x.
     """
     m = torch.ones_like(x[..., :1]) if there is None else (there > 0)[..., None]
+    pos = pos.contiguous()                  # else searchsorted warns
     first = torch.searchsorted(pos, pos - reach)
     past = torch.searchsorted(pos, pos + reach, right=True)
     both = torch.cat((x * m, m.to(x.dtype)), dim=-1)            # (B, n, C + 1) values, then counts

@@ -49,8 +49,8 @@ RECIPE = {      # the fields of a train.Recipe and its Loss: type or choices, me
     "reduce": (("norm_gx", "norm_g", "abs_dot"), "how the gradient becomes one number per token"),
     "around": (float, "beyond the paper: share of a token's saliency that is the mean of the 65 "
                "tokens around it, as what answers a question stands in one place"),
-    "near": (bool, "beyond the paper: the predictors also read the mean state of the 33 tokens "
-             "around a token"),
+    "near": (bool, "beyond the paper: the predictors also read the mean state of what is left of "
+             "the 33 tokens around a token"),
     "pairs": (("equal", "saliency"), "beyond the paper: saliency weighs each pair of the ranking "
               "loss by how far its saliencies lie apart"),
     "mask": (("gumbel", "topk"), "gumbel: sample each token (paper; nothing then ties the number "

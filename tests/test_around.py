@@ -74,6 +74,16 @@ def test_a_running_sum_over_a_long_prompt_is_exact():
     assert close(found[0, -1], x[0, -17:].double().mean(0).float(), 1e-4)
 
 
+def test_rows_side_by_side_give_no_warning(tokens, recwarn):
+    """Their positions are one row of memory, which torch.searchsorted warns of, once a process."""
+    torch.set_warn_always(True)
+    try:
+        mean_around(torch.rand(2, 60, 3), positions(tokens))
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
+
+
 def test_the_neighbours_state_moves_a_score_and_only_theirs():
     torch.manual_seed(0)
     predictor, x = Predictor(48, near=True), torch.randn(1, 60, 48)
