@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import SCHEDULE, command, tiny_model
+from conftest import SCHEDULE, command, predictors_for, tiny_model
 from infer import generate
 from lab import batch
 from lab.batch import generate_batch, until
@@ -29,9 +29,11 @@ def attention(model):
 
 
 def prior(model):
-    torch.manual_seed(0)
-    predictors = [nn.Linear(48, 2) for _ in range(SCHEDULE.stages)]
-    return SCHEDULE, with_prior(predictor_scorer(predictors), 0.3)
+    return SCHEDULE, with_prior(predictor_scorer(predictors_for(model)), 0.3)
+
+
+def near(model):
+    return SCHEDULE, predictor_scorer(predictors_for(model, near=True))
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def pad(prompts):
 
 
 @pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("arm", [full, norm, attention, prior])
+@pytest.mark.parametrize("arm", [full, norm, attention, prior, near])
 def test_a_batch_is_read_as_its_rows_alone(prompts, arm, window):
     model = tiny_model(window=window)
     arm = arm(model)
@@ -67,7 +69,7 @@ def test_a_batch_is_read_as_its_rows_alone(prompts, arm, window):
 
 
 @pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("arm", [full, norm, attention, prior])
+@pytest.mark.parametrize("arm", [full, norm, attention, prior, near])
 def test_a_batch_goes_on_as_its_rows_alone(prompts, arm, window):
     model = tiny_model(window=window)
     arm = arm(model)

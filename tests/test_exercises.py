@@ -31,6 +31,7 @@ import predictor
 import prune
 import saliency
 from conftest import ROOT
+from lab.plan import SHAPES
 from lab.scorers import make_scorer
 from model import Config
 from support.checkpoint import find
@@ -1159,7 +1160,7 @@ def cases_flops(g):
     yield "exact, one token", (small, [1], "exact")
     for n in TABLE_2:
         label = f"paper, Table 2's baseline of {n} tokens"
-        yield label, (m.SHAPES["mistral-7b"], [n] * 32, "paper")
+        yield label, (SHAPES["mistral-7b"], [n] * 32, "paper")
 
 
 def cases_decode(g):
