@@ -418,7 +418,7 @@ def table(rows, arms, task, score="f1"):
             if not name.endswith("speedup"):
                 row |= against_full(metric, arm)
             if name == "nll":
-                row |= share_of_gap(metric, arm) | predictor_ahead(metric, arm)
+                row |= share_of_gap(metric, arm)
             found.append(row)
     return found
 
@@ -433,26 +433,25 @@ def against_full(metric, arm):
 
 
 def share_of_gap(metric, arm):
-    """Where an arm stands between random (0) and full (1), paired by row."""
-    if "full" not in metric or "random" not in metric or arm in ("full", "random"):
-        return {}
-    full, floor = metric["full"].values, metric["random"].values
-    if sum(floor) == sum(full):
-        return {}
-    value, error = ratio(difference(floor, metric[arm].values), difference(floor, full))
-    return {"share_of_gap": value, "share_stderr": error}
-
-
-def predictor_ahead(metric, arm):
-    """How far the trained predictors are ahead of an arm, in shares of the gap, paired by row."""
-    if not {"full", "random", "predictor"} <= set(metric) or arm == "predictor":
+    """Where an arm stands between random (0) and full (1), and by how much of this gap the trained
+    predictors are ahead of it; both paired by row.
+    """
+    if not {"full", "random"} <= set(metric):
         return {}
     gap = difference(metric["random"].values, metric["full"].values)
     if not sum(gap):
         return {}
-    lead = difference(metric[arm].values, metric["predictor"].values)
-    value, error = ratio(lead, gap)
-    return {"predictor_ahead": value, "predictor_ahead_stderr": error}
+
+    def lead(of, over):
+        """How far one arm is ahead of another, in units of the gap, and the error."""
+        return ratio(difference(metric[over].values, metric[of].values), gap)
+
+    found = {}
+    if arm not in ("full", "random"):
+        found["share_of_gap"], found["share_stderr"] = lead(arm, "random")
+    if "predictor" in metric and arm != "predictor":
+        found["predictor_ahead"], found["predictor_ahead_stderr"] = lead("predictor", arm)
+    return found
 
 
 def show(rows):
