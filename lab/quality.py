@@ -460,7 +460,7 @@ def show(rows):
         these = [row for row in rows if row["metric"] == metric]
         paired = any("predictor_ahead" in row for row in these)
         print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap"
-              + paired * "        predictor ahead by")
+              + paired * "       predictor ahead by")
         these.sort(key=lambda row: row["value"], reverse=metric != "nll")
         for row in these:
             print(line(row))
@@ -474,8 +474,8 @@ def line(row):
     if "share_of_gap" in row:
         text += f"   {row['share_of_gap']:8.1%} +- {row['share_stderr']:.1%}"
     if "predictor_ahead" in row:
-        space = "" if "share_of_gap" in row else " " * 20
-        text += f"{space}   {row['predictor_ahead']:+8.1%} +- {row['predictor_ahead_stderr']:.1%}"
+        lead, error = row["predictor_ahead"], row["predictor_ahead_stderr"]
+        text = f"{text:88}   {lead:+8.1%} +- {error:.1%}"
     return text
 
 
