@@ -218,6 +218,8 @@ def run(main):
             sys.stdout.flush()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            sys.__stdout__.flush()
+            leave(0)        # torch's threads may abort a process that is torn down piece by piece
     except BrokenPipeError:         # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # for what is still to be flushed
         leave(141)                  # as if by SIGPIPE
