@@ -1,14 +1,19 @@
-"""Matrix products of half types on processors that have no arithmetic for them.
+"""Matrix products on a CPU: few tokens on all cores, and half types without arithmetic for them.
 
-There PyTorch emulates bfloat16 and float16 number by number: four times slower than fp32 forward,
-hundreds of times backward. Here the weights stay in their half type, and a product is computed in
-fp32 and rounded once, which is what a processor with bfloat16 does.
+An fp32 product of one token with a matrix runs on one core in PyTorch, so decode would read the
+weights at the pace of one. Here each thread has a share of the matrix.
+
+bfloat16 and float16 are emulated number by number where a processor lacks them: four times slower
+than fp32 forward, hundreds of times backward. Here the weights stay in their half type, and a
+product is computed in fp32 and rounded once, which is what a processor with bfloat16 does.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# With fewer tokens than this, turning the weights into fp32 costs more than the slow product.
+# With fewer tokens than this, reading the weights costs more than the arithmetic.
 MANY = 32
 
 
@@ -16,12 +21,25 @@ class Linear(nn.Linear):
     """nn.Linear, on every device and in every dtype, at the speed of fp32 or better."""
 
     def forward(self, x):
-        # the type first: torch.compile makes a graph for each side of a question about sizes
-        if self.weight.requires_grad or not emulated(x):
+        # the device first: torch.compile makes a graph for each side of a question about sizes
+        if x.device.type != "cpu" or self.weight.requires_grad:
             return super().forward(x)
-        if x.numel() < MANY * x.shape[-1] and not x.requires_grad:
+        few = x.numel() < MANY * x.shape[-1]
+        if few and x.dtype == torch.float32:
+            return divided(x, self.weight, self.bias)
+        if few and not x.requires_grad or not emulated(x):
             return super().forward(x)
         return Product.apply(x, self.weight, self.bias)
+
+
+def divided(x, weight, bias):
+    """F.linear of few tokens, the rows of the weight (out, in) divided among T threads."""
+    T = math.gcd(torch.get_num_threads(), weight.shape[0])
+    rows = weight.unflatten(0, (T, -1))                     # (T, out / T, in)
+    tokens = x.flatten(0, -2).expand(T, -1, -1)             # (T, n, in)
+    y = torch.bmm(tokens, rows.mT)                          # (T, n, out / T)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class Product(torch.autograd.Function):

@@ -15,7 +15,7 @@ from prune import Schedule, predictor_scorer, prefill
 from saliency import REDUCE, mark, reduce_saliency, saliency
 from support import recompute
 from support.data import Batch
-from support.linear import Linear, Product
+from support.linear import Linear, Product, divided
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
 HALF = [torch.bfloat16, torch.float16]
@@ -152,6 +152,25 @@ def test_a_product_of_half_types_is_that_of_fp32_rounded_once(dtype, bias):
     torch.testing.assert_close(linear(x), plain, rtol=near, atol=near)
     few = x[:1, :3].detach()
     torch.testing.assert_close(linear(few), plain[:1, :3], rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threads, tokens", [(1, 1), (2, 1), (3, 1), (5, 1), (2, 7), (3, 31)])
+def test_a_product_of_few_tokens_is_divided_among_the_threads(threads, tokens, bias, monkeypatch):
+    """Three threads take 8 of 24 rows each; five do not divide them, so one takes all."""
+    torch.manual_seed(0)
+    linear = Linear(48, 24, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 40, 48)[:1, :tokens].transpose(0, 1)     # not contiguous
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plain = F.linear(x, linear.weight, linear.bias)
+    parts = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b: parts.append(len(a)) or a @ b)
+    for y in (divided(x, linear.weight, linear.bias), linear(x)):
+        assert y.shape == plain.shape
+        torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-6)
+    assert parts == 2 * [1 if threads == 5 else threads]
+    linear(torch.randn(1, 32, 48))
+    assert len(parts) == 2, "many tokens go through one product, which has all threads"
 
 
 def test_a_long_rows_marking_pass_is_the_same_computed_again(monkeypatch):
