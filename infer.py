@@ -92,7 +92,7 @@ def side_by_side(model, tokens, arms, new, progress=SILENT, **options):
         runs[name] = generate(model, tokens, new, *arm, **options)
     longest = max(len(run.tokens) for run in runs.values())
     timed = timed_arms(generate, model, tokens, arms, **options)
-    times = take_turns(model.device, timed, longest, 4, warm_ups=1, progress=progress)
+    times = take_turns(model, tokens.shape[1], timed, longest, 4, 1, progress, "step" in options)
     for name, run in runs.items():
         prefill_s, decode_s = medians(times[name])
         runs[name] = run._replace(prefill_s=prefill_s, decode_s=decode_s)
@@ -113,7 +113,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, progress=SILENT,
 
     def measure(n):
         timed = timed_arms(generate, model, random_prompt(model, n), arms, **options)
-        times = take_turns(model.device, timed, new, repeats, progress=progress)
+        times = take_turns(model, n, timed, new, repeats, 2, progress, "step" in options)
         row = bench_row(model, n, schedule, times, new)
         print_bench(row)
         return row

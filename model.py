@@ -249,8 +249,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend=causal_attention):
         """x (B, n, D) -> (B, n, D). attend(q, k, v, rope) -> (B, H, n, d) says who sees whom."""
         y = attend(*self.qkv(x, rope), rope)                        # (B, H, n, d)
-        y = self.o(y.transpose(1, 2).flatten(2))                    # (B, n, H*d) -> (B, n, D)
-        return self.feed_forward(x + y)
+        y = x + self.o(y.transpose(1, 2).flatten(2))                # (B, n, H*d) -> (B, n, D)
+        return self.feed_forward(y)
 
     def qkv(self, x, rope):
         """x (B, n, D) -> q, k, v, with q and k turned to their tokens' positions."""
@@ -266,19 +266,18 @@ class Block(nn.Module):
 
     def feed_forward(self, x):
         """x (B, n, D) -> x + SwiGLU(norm(x)), a long row in pieces."""
-        h = self.mlp_norm(x)
         n = x.shape[1]
         chunk = FEED_FORWARD_CHUNK.get(x.device.type, 16384)
         if n <= chunk:
-            return x + self.swiglu(h)
+            return x + self.swiglu(x)
         out = torch.empty_like(x)
         for i in range(0, n, chunk):
-            piece = slice(i, i + chunk)
-            inner = self.swiglu(h[:, piece])
-            out[:, piece] = x[:, piece] + inner
+            piece = x[:, i:i + chunk]
+            out[:, i:i + chunk] = piece + self.swiglu(piece)
         return out
 
-    def swiglu(self, h):
+    def swiglu(self, x):
+        h = self.mlp_norm(x)
         # in one expression: a name would hold a wide intermediate in memory for longer
         return self.down(F.silu(self.gate(h)) * self.up(h))
 

@@ -1,9 +1,9 @@
 """Speed and memory of both arms beside what the device can do (Section 4.3, Table 2).
 
 Prefill is bound by arithmetic: its floor is FLOPs over the measured peak of a matmul. Decode is
-bound by bytes: its floor is the weights and caches that one token reads, over the measured
-bandwidth of a copy. The arms are those of `infer.py --bench` and take turns in the same way;
-`--vs transformers` adds transformers' Llama on the same weights, dtype and tokens.
+bound by bytes: its floor is the weights and caches that one token reads, over the pace at which a
+large matrix-vector product reads its matrix. The arms are those of `infer.py --bench` and take
+turns in the same way; `--vs transformers` adds transformers on the same weights, dtype and tokens.
 
     python -m lab.speed --ckpt smollm2 --lengths 512 1024 --vs transformers --profile
 
@@ -20,13 +20,14 @@ import torch
 from infer import both_arms, generate
 from lab.figures import cost_against_length
 from lab.scorers import SCORERS, make_scorer
-from model import hf_name, positions
+from model import FEED_FORWARD_CHUNK, hf_name, positions
 from prune import UNPRUNED, drop, extend, kv_bytes, prefill, select
 from support.caches import compile_model
 from support.files import need
+from support.linear import Linear
 from support.options import (add_json_argument, add_pruning_arguments, add_quiet_argument,
                              at_least, cli, command_parser, hardware, picture_file, print_json)
-from support.printing import gigabytes
+from support.printing import gigabytes, print_bars
 from support.progress import Progress
 from support.sampling import fitting
 from support.saved import load_pruning, read_pruning
@@ -39,7 +40,7 @@ from support.timing import (bench_row, check_bench, check_measured, clock, one_b
 class Ceilings(NamedTuple):
     """What the device can do at best."""
     flops_s: float                  # FLOP/s of a large square matmul
-    bytes_s: float                  # bytes/s of a large copy, read and written
+    bytes_s: float                  # bytes/s of a large matrix-vector product, read
 
 
 def timed(device, function, repeats):
@@ -55,15 +56,14 @@ def timed(device, function, repeats):
 
 def ceilings(device, dtype):
     """Measure the Ceilings."""
-    cuda = device.type == "cuda"
-    size, copied = (8192, 2**31) if cuda else (2048, 2**28)
+    size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    source = torch.ones(copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     # b.mT: as nn.Linear reads its weight; some CPUs are far slower the other way in half types
     matmul_s = min(timed(device, lambda: a @ b.mT, 10))
-    copy_s = min(timed(device, lambda: target.copy_(source), 10))
-    return Ceilings(2 * size**3 / matmul_s, 2 * copied / copy_s)
+    wide = Linear(8192, 8192, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    token = torch.randn(1, 1, 8192, device=device).to(dtype)
+    read_s = min(timed(device, lambda: wide(token), 20))
+    return Ceilings(2 * size**3 / matmul_s, wide.weight.nbytes / read_s)
 
 
 def weight_bytes(model):
@@ -74,7 +74,7 @@ def weight_bytes(model):
 
 def add_floors(row, model, schedule, new, best):
     """Add to a row of `bench_row` what each arm reaches of the Ceilings `best`."""
-    row |= {"peak_flops": best.flops_s, "copy_bytes_s": best.bytes_s}
+    row |= {"peak_flops": best.flops_s, "read_bytes_s": best.bytes_s}
     size, floor = model.embed.weight.element_size(), {}
     for name in arms_of(row):
         arm, used = row[name], schedule if name == "sdtp" else UNPRUNED
@@ -84,8 +84,24 @@ def add_floors(row, model, schedule, new, best):
         flops_s = arm["flops"] / arm["prefill_s"]
         bytes_s = moved / arm["decode_s"] if new > 1 else 0.0
         arm |= {"flops_s": flops_s, "of_peak": flops_s / best.flops_s,
-                "bytes_s": bytes_s, "of_copy": bytes_s / best.bytes_s}
+                "bytes_s": bytes_s, "of_read": bytes_s / best.bytes_s,
+                "must_hold_bytes": must_hold(model, row["n"], used, new, arm["before_bytes"])}
     row["speedup"]["e2e_by_floors"] = floor["full"] / floor["sdtp"]
+
+
+def must_hold(model, n, schedule, new, before):
+    """Bytes that reading n tokens cannot do without: {part: bytes}.
+
+    The weights, what else the process held `before`, the caches with room for new tokens, a hidden
+    state for each token, and the inner values of one piece of SwiGLU.
+    """
+    c, size = model.config, model.embed.weight.element_size()
+    weights = sum(p.nbytes for p in model.parameters())
+    held = [m + new - 1 for m in schedule.counts(n, c.n_blocks)]
+    piece = min(n, FEED_FORWARD_CHUNK[model.device.type])
+    return {"weights": weights, "libraries": max(0, (before or 0) - weights),
+            "caches": kv_bytes(c, held, size), "state": n * c.dim * size,
+            "swiglu": 3 * piece * c.ffn * size}
 
 
 def dtype_name(model):
@@ -153,8 +169,9 @@ def shares(events, cuda):
 
 
 def transformers_config(transformers, c):
-    """A model.Config -> transformers' LlamaConfig."""
-    scaling = None
+    """A model.Config -> the config of transformers' Llama, Mistral, Qwen2 or Qwen3."""
+    kind = family(c)
+    scaling, more = None, {}
     if c.rope_llama3:
         names = ("factor", "low_freq_factor", "high_freq_factor",
                  "original_max_position_embeddings")
@@ -164,15 +181,31 @@ def transformers_config(transformers, c):
     else:
         scaling = scaling or {"rope_type": "default"}
         rope = {"rope_parameters": {**scaling, "rope_theta": c.rope_theta}}
-    return transformers.LlamaConfig(
+    if kind == "Mistral":
+        more["sliding_window"] = c.window
+    if kind in ("Llama", "Qwen3"):
+        more["attention_bias"] = c.qkv_bias
+    return getattr(transformers, f"{kind}Config")(
         hidden_size=c.dim, intermediate_size=c.ffn, num_hidden_layers=c.n_blocks,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
         vocab_size=c.vocab, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_positions,
-        tie_word_embeddings=c.tied, attn_implementation="sdpa", **rope)
+        tie_word_embeddings=c.tied, attn_implementation="sdpa", **rope, **more)
+
+
+def family(c):
+    """Whose attention a model.Config has; ValueError where none of the four is the same."""
+    need(not c.rope_ramp, "--vs transformers: rope types linear and yarn are not compared")
+    found = {(False, False, False, False): "Llama", (False, True, True, False): "Llama",
+             (True, False, False, False): "Mistral", (False, True, False, False): "Qwen2",
+             (False, False, False, True): "Qwen3", (False, True, True, True): "Qwen3"}
+    kind = found.get((bool(c.window), c.qkv_bias, c.o_bias, c.qk_norm))
+    need(kind, "--vs transformers: this mixture of biases, norms of q and k and a sliding window "
+               "is not compared")
+    return kind
 
 
 def as_transformers(model):
-    """The same weights, shared and not copied, as transformers' Llama with SDPA.
+    """The same weights, shared and not copied, as transformers' model with SDPA.
 
     Raises ImportError or ValueError where that cannot be.
     """
@@ -180,16 +213,13 @@ def as_transformers(model):
         import transformers
     except ImportError:
         raise ImportError("--vs transformers needs it: pip install transformers") from None
-    c = model.config
-    need(not (c.qkv_bias or c.o_bias or c.qk_norm or c.window or c.rope_ramp),
-         "--vs transformers: biases, norms of q and k, sliding windows, and rope types linear and "
-         "yarn are not compared")
     config = transformers_config(transformers, model.config)
+    whole = getattr(transformers, f"{family(model.config)}ForCausalLM")
     default = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:
         with model.device:
-            theirs = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+            theirs = whole(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
     parameters = model.named_parameters(remove_duplicate=False)
@@ -198,8 +228,12 @@ def as_transformers(model):
 
 
 @torch.no_grad()
-def run_transformers(theirs, tokens, new):
-    """Greedy generation -> seconds of the prefill, and of a further token, the median."""
+def run_transformers(theirs, tokens, new, first=None):
+    """Greedy generation -> seconds of the prefill, and of a further token, the median.
+
+    first: read so many tokens of the prompt only.
+    """
+    tokens = tokens[:, :first]
     start = clock(tokens.device)
     out = theirs(tokens, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -227,30 +261,32 @@ def against(row, model, theirs, tokens):
 
 # -------------------------------------------------------------------------------------- the table
 
-HEAD = ("      N  arm            prefill s (min to max)      TFLOP/s  of peak   decode ms   GB/s  "
-        "of copy   end to end s   peak GB    KV GB   prefill speed-up of ideal   end to end, by "
-        "the floors")
+HEAD = ("      N  arm            prefill s (min to max)     GFLOP/s of peak  decode ms   GB/s "
+        "of read  peak GB")
 
 
 def print_row(row):
-    """A line for each arm."""
-    gain = row["speedup"]
-    for name in arms_of(row):
+    """A line for each arm, what they are beside each other, what must be held, and bars."""
+    gain, names = row["speedup"], arms_of(row)
+    for name in names:
         arm = row[name]
         low, high = arm["prefill_spread_s"]
-        line = (f"{row['n']:7d}  {name:12} {arm['prefill_s']:10.3f} ({low:.3f} to {high:.3f}) "
-                f"{arm['flops_s'] / 1e12:9.3g} {arm['of_peak']:8.0%} {1e3 * arm['decode_s']:11.2f} "
-                f"{arm['bytes_s'] / 1e9:6.3g} {arm['of_copy']:8.0%} {arm['e2e_s']:14.3f} "
-                f"{gigabytes(arm['peak_bytes']):>9} {arm['kv_bytes'] / 1e9:8.3f}")
-        if name == "sdtp":
-            line += (f" {gain['prefill']:12.2f}x of {row['ideal']:.2f}x = "
-                     f"{row['share_of_ideal']:4.0%} {gain['e2e']:12.2f}x, "
-                     f"{gain['e2e_by_floors']:.2f}x   stages {row['pruning_share']:.1%} of prefill")
-        if name == "transformers":
-            vs = row["vs"]
-            line += (f"   full is {vs['prefill']:.2f}x as fast in prefill, {vs['decode']:.2f}x in "
-                     f"decode; logits differ by {vs['logits_differ_by']:.1g}")
-        print(line, flush=True)
+        print(f"{row['n']:7d}  {name:12} {arm['prefill_s']:9.3f} ({low:.3f} to {high:.3f})"
+              f" {arm['flops_s'] / 1e9:9.0f} {arm['of_peak']:7.0%} {1e3 * arm['decode_s']:10.2f}"
+              f" {arm['bytes_s'] / 1e9:6.1f} {arm['of_read']:7.0%}"
+              f" {gigabytes(arm['peak_bytes']):>8}")
+    print(f"         sdtp: prefill {gain['prefill']:.2f}x of {row['ideal']:.2f}x = "
+          f"{row['share_of_ideal']:.0%}; end to end {gain['e2e']:.2f}x, by the floors "
+          f"{gain['e2e_by_floors']:.2f}x; stages {row['pruning_share']:.1%} of prefill")
+    if "vs" in row:
+        vs = row["vs"]
+        print(f"         full beside transformers: prefill {vs['prefill']:.2f}x as fast, decode "
+              f"{vs['decode']:.2f}x; logits differ by {vs['logits_differ_by']:.1g}")
+    for name in ("full", "sdtp"):
+        parts = row[name]["must_hold_bytes"]
+        told = " + ".join(f"{part} {gigabytes(size)}" for part, size in parts.items())
+        print(f"         {name} must hold {gigabytes(sum(parts.values()))} GB: {told}")
+    print_bars(row, names)
 
 
 def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, quiet=False,
@@ -267,8 +303,8 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, quiet=F
     best = ceilings(model.device, model.dtype)
     progress.clear()
     print(f"{hardware(model.device)}, {dtype_name(model)}; measured ceilings: matmul "
-          f"{best.flops_s / 1e12:.3g} TFLOP/s, copy {best.bytes_s / 1e9:.3g} GB/s\n"
-          f"{new} new tokens; every time the median of {repeats} in turn with the other arms "
+          f"{best.flops_s / 1e12:.3g} TFLOP/s, matrix-vector product {best.bytes_s / 1e9:.3g} "
+          f"GB/s\n{new} new tokens; every time the median of {repeats} in turn with the other arms "
           f"(prefill), of {min(3, repeats)} (decode)\n{HEAD}")
     both = both_arms(schedule, scorer)
 
@@ -277,7 +313,7 @@ def bench(model, lengths, schedule, scorer, new=128, repeats=5, vs=None, quiet=F
         arms = timed_arms(generate, model, tokens, both, **options)
         if vs:
             arms["transformers"] = partial(run_transformers, theirs, tokens)
-        times = take_turns(model.device, arms, new, repeats, progress=progress)
+        times = take_turns(model, n, arms, new, repeats, 2, progress, "step" in options)
         progress.note("timing the stages alone")
         row = bench_row(model, n, schedule, times, new)
         add_floors(row, model, schedule, new, best)
@@ -314,7 +350,7 @@ def speed_parser():
     parser.add_argument("--repeats", type=at_least(1), default=5,
                         help="timed prefills of each arm")
     parser.add_argument("--vs", choices=("transformers",),
-                        help="a third arm, transformers' Llama on the same weights")
+                        help="a third arm, transformers on the same weights")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, and "
                         "decode in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--profile", action="store_true",

@@ -363,32 +363,36 @@ def speed_short(found):
             "decode per token, full -> SDTP", "end to end, full -> SDTP"], rows
 
 
-def peak(found, arm):
-    """The cell with an arm's peak memory; no cell where it was measured on a CPU.
-
-    There the peak is the whole process's, as old results have it, and tells nothing of the arm.
-    """
-    cpu = "threads" in found["hardware"]        # as support.options.hardware names one
-    return [] if cpu or arm["peak_bytes"] is None else [f"{arm['peak_bytes'] / 1e9:.2f} GB"]
-
-
 def speed_arms(found):
     """Table 2, measured: a row for each prompt length and arm."""
     rows, first = [], found["bench"][0]
+    read = first.get("read_bytes_s", first.get("copy_bytes_s"))     # old results: of a copy
     for row in found["bench"]:
         for name in [name for name in ARMS if name in row]:
             arm = row[name]
+            of_read = arm.get("of_read", arm.get("of_copy"))
             rows.append([
                 row["n"], ARMS[name], f"{arm['prefill_s']:.3f} s",
                 f"{arm['flops_s'] / 1e9:.0f} GFLOP/s = {arm['of_peak']:.0%}",
                 f"{1e3 * arm['decode_s']:.1f} ms",
-                f"{arm['bytes_s'] / 1e9:.1f} GB/s = {arm['of_copy']:.0%}",
-                f"{arm['e2e_s']:.2f} s", *peak(found, arm), f"{arm['kv_bytes'] / 1e6:.0f} MB",
+                f"{arm['bytes_s'] / 1e9:.1f} GB/s = {of_read:.0%}",
+                f"{arm['e2e_s']:.2f} s", f"{arm['kv_bytes'] / 1e6:.0f} MB",
             ])
     return ["N", "arm", "prefill", f"of the matmul peak, {first['peak_flops'] / 1e9:.0f} GFLOP/s",
             "decode, per token",
-            f"of the copy bandwidth, {first['copy_bytes_s'] / 1e9:.1f} GB/s",
-            "end to end", *(["peak memory"] if peak(found, first["full"]) else []), "KV"], rows
+            f"of the bandwidth, {read / 1e9:.1f} GB/s", "end to end", "KV"], rows
+
+
+def speed_memory(found):
+    """Each arm's peak of memory beside what it has to hold, GB."""
+    rows = []
+    for row in found["bench"]:
+        for name in ("full", "sdtp"):
+            parts = row[name]["must_hold_bytes"]
+            sizes = [row[name]["peak_bytes"], sum(parts.values()), *parts.values()]
+            rows.append([row["n"], ARMS[name], *[f"{size / 1e9:.2f}" for size in sizes]])
+    return ["N", "arm", "peak, GB", "must hold", "weights", "libraries", "caches",
+            "a state for each token", "SwiGLU's inner values"], rows
 
 
 def speed_ratios(found):

@@ -15,6 +15,8 @@ from torch import nn
 
 # With fewer tokens than this, reading the weights costs more than the arithmetic.
 MANY = 32
+# A matrix of so many weights is worth more than one thread.
+LARGE = 1 << 16
 
 
 class Linear(nn.Linear):
@@ -25,7 +27,7 @@ class Linear(nn.Linear):
         if x.device.type != "cpu" or self.weight.requires_grad:
             return super().forward(x)
         few = x.numel() < MANY * x.shape[-1]
-        if few and x.dtype == torch.float32:
+        if few and x.dtype == torch.float32 and self.weight.numel() >= LARGE:
             return divided(x, self.weight, self.bias)
         if few and not x.requires_grad or not emulated(x):
             return super().forward(x)

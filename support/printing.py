@@ -28,10 +28,11 @@ def gigabytes(size):
 
 
 BENCH_HEAD = "      N  arm    prefill s (min to max)     decode ms  end to end s  peak GB    KV GB"
+BAR = 60                            # columns of the slowest arm's bar
 
 
 def print_bench(row):
-    """A row of support.timing.bench_row: a line for each arm, then the speed-up."""
+    """A row of support.timing.bench_row: a line for each arm, the speed-up, and a bar each."""
     for name in ("full", "sdtp"):
         r = row[name]
         low, high = r["prefill_spread_s"]
@@ -40,4 +41,16 @@ def print_bench(row):
               f" {gigabytes(r['peak_bytes']):>8} {r['kv_bytes'] / 1e9:8.3f}")
     speedup = row["speedup"]
     print(f"         prefill {speedup['prefill']:.2f}x as fast, {row['share_of_ideal']:.0%} of the "
-          f"ideal by FLOPs, {row['ideal']:.2f}x; end to end {speedup['e2e']:.2f}x", flush=True)
+          f"ideal by FLOPs, {row['ideal']:.2f}x; end to end {speedup['e2e']:.2f}x")
+    print_bars(row, ("full", "sdtp"))
+
+
+def print_bars(row, arms):
+    """Each arm's time as a bar: = is prefill, - is decode."""
+    longest = max(row[name]["e2e_s"] for name in arms)
+    width = max(len(name) for name in arms)
+    for name in arms:
+        arm = row[name]
+        prefill, whole = (round(BAR * arm[part] / longest) for part in ("prefill_s", "e2e_s"))
+        bar = "=" * prefill + "-" * (whole - prefill)
+        print(f"         {name:{width}} {bar} {arm['e2e_s']:.2f} s", flush=True)

@@ -1,7 +1,10 @@
 """A clock that waits for the device, peak memory, and runs that take turns."""
+import ctypes
+import re
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,8 @@ from support.sampling import one_past
 
 
 SILENT = Progress(quiet=True)
+# Tokens that warm up the reading of a longer prompt, which may take minutes.
+WARM_UP = 4096
 
 
 def clock(device):
@@ -23,15 +28,22 @@ def clock(device):
 
 
 def peak_memory(device, reset=False):
-    """Peak bytes of the GPU's allocator since the last reset.
+    """Peak bytes since the last reset: of the GPU's allocator, on Linux those of the process.
 
-    None on a CPU: the peak of the whole process says nothing about one of several arms.
+    None where neither is known.
     """
-    if device.type != "cuda":
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)    # what an earlier run gave back leaves the process
+            Path("/proc/self/clear_refs").write_text("5")       # man proc: the peak is as now
+        status = Path("/proc/self/status").read_text()
+    except (OSError, AttributeError):           # no Linux, or another C library
         return None
-    if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def random_prompt(model, n):
@@ -92,53 +104,71 @@ def timed_arms(generate, model, tokens, arms, **options):
     """
     options["eos"] = ()
 
-    def run(arm, new):
-        made = generate(model, tokens, new, *arm, **options)
+    def run(arm, new, first=None):
+        made = generate(model, tokens[:, :first], new, *arm, **options)
         return made.prefill_s, made.decode_s
     return {name: partial(run, arm) for name, arm in arms.items()}
 
 
 def fewer(repeats, seconds):
-    """How often a prefill that takes so long is measured: at most 3 times from 5 s, once from 60 s.
+    """How often a prefill that takes so long is timed: at most 3 times from 5 s, twice from 60 s.
 
-    Of several processes the first decides. A smaller number than was asked for is said.
+    Of several processes the first decides.
     """
-    most = 1 if seconds > 60 else 3 if seconds > 5 else repeats
-    chosen = first_number(min(repeats, most))
-    if chosen < repeats:
-        print(f"a prefill takes {seconds:.0f} s: timed {chosen}, not {repeats} times", flush=True)
-    return chosen
+    most = 2 if seconds > 60 else 3 if seconds > 5 else repeats
+    return first_number(min(repeats, most))
 
 
-def take_turns(device, arms, new, repeats, warm_ups=2, progress=SILENT):
-    """Times of several arms, {name: run(new tokens) -> (prefill seconds, decode seconds)}.
+def take_turns(model, n, arms, new, repeats, warm_ups=2, progress=SILENT, whole=False):
+    """Times of several arms on a prompt of n tokens -> what each arm took.
 
-    After warm-ups (the second finds what the first made compile anew) `repeats` runs of each, or
-    `fewer`; the last three also decode. -> {name: {"prefill": [s], "decode": [s], "peak": bytes}}.
+    arms: {name: run(new tokens, first tokens of the prompt) -> seconds of prefill, of a further
+    token}. After warm-ups (the second finds what the first made compile anew), on a CPU with at
+    most WARM_UP tokens unless the `whole` prompt is wanted, `repeats` runs of each, or `fewer`; the
+    last three also decode. -> {name: {"prefill": [s], "decode": [s], "before": bytes of memory,
+    "peak": bytes}}.
     """
-    slowest = 0.0
+    first = min(n, WARM_UP) if model.device.type == "cpu" and not whole else n
+    growth = cost(model, n) / cost(model, first)
+    spent = {}
     for i in range(warm_ups):
-        seconds = []
         for name, run in arms.items():
-            progress.note(f"{name}: warming up, {i + 1} of {warm_ups}")
-            seconds.append(run(min(new, 4))[0])
-        slowest = max(seconds)      # of the last time: the first may compile
+            progress.note(f"{n} tokens, {name}: warming up, {i + 1} of {warm_ups}")
+            spent[name] = run(min(new, 4), first)       # of the last time: the first may compile
+    prefills = [growth * prefill_s for prefill_s, _ in spent.values()]
+    decodes = [(new - 1) * decode_s for _, decode_s in spent.values()]
+    wanted, repeats = repeats, fewer(repeats, max(prefills))
+    total = repeats * sum(prefills) + min(3, repeats) * sum(decodes)
     progress.clear()
-    repeats = fewer(repeats, slowest)
+    if repeats < wanted:
+        print(f"{n:7d}  about {minutes(total)}: a prefill takes {max(prefills):.0f} s, so each arm "
+              f"is timed {repeats}, not {wanted} times", flush=True)
     found = {name: {"prefill": [], "decode": []} for name in arms}
+    start = time.monotonic()
     for i in range(repeats):
         decodes = i >= repeats - 3
         # there and back: nobody always follows the same arm
         for name in list(arms) if i % 2 == 0 else list(reversed(arms)):
-            progress.note(f"{name}: {i + 1} of {repeats} times")
-            peak_memory(device, reset=True)
+            left = max(0, total - (time.monotonic() - start))
+            progress.note(f"{n} tokens, {name}: {i + 1} of {repeats} times, {minutes(left)} left")
+            found[name]["before"] = peak_memory(model.device, reset=True)
             prefill_s, decode_s = arms[name](new if decodes else 1)
-            found[name]["peak"] = peak_memory(device)
+            found[name]["peak"] = peak_memory(model.device)
             found[name]["prefill"].append(prefill_s)
             if decodes:
                 found[name]["decode"].append(decode_s)
     progress.clear()
     return found
+
+
+def cost(model, n):
+    """FLOPs of an unpruned prefill of n tokens."""
+    return flops(model.config, [n] * len(model.blocks))
+
+
+def minutes(seconds):
+    """A length of time as people say it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def medians(times):
@@ -162,7 +192,8 @@ def bench_row(model, n, schedule, times, new):
         row[name] = {"prefill_s": prefill_s, "decode_s": decode_s,
                      "prefill_spread_s": [min(found["prefill"]), max(found["prefill"])],
                      "decode_spread_s": [min(found["decode"]), max(found["decode"])],
-                     "e2e_s": prefill_s + decode_s * (new - 1), "peak_bytes": found["peak"],
+                     "e2e_s": prefill_s + decode_s * (new - 1),
+                     "before_bytes": found["before"], "peak_bytes": found["peak"],
                      "kv_bytes": kv_bytes(c, [m + new - 1 for m in counts], size),
                      "flops": flops(c, counts, schedule=used)}
     full, sdtp = row["full"], row["sdtp"]

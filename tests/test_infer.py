@@ -23,6 +23,7 @@ from prune import Schedule, extend, prefill
 from support import checkpoint, timing
 from support.data import examples
 from support.parsers import infer_parser
+from support.printing import print_bars
 from support.prompts import Prompt
 from support.sampling import fitting
 from support.saved import load_pruning
@@ -352,12 +353,35 @@ def test_bench_times_both_arms(tiny):
     assert row["share_of_ideal"] == row["speedup"]["prefill"] / row["ideal"]
 
 
-def test_a_cpu_tells_no_arms_peak_of_memory(tiny, capsys):
-    """It knows the peak of the whole process alone."""
+def test_the_peak_of_memory_is_that_of_the_run():
+    if timing.peak_memory(torch.device("cpu")) is None:
+        pytest.skip("this system does not say")
+    taken = 1 << 27
+
+    def hungry(new, first=None):
+        torch.ones(taken, dtype=torch.uint8)
+        return 1.0, 0.1
+
+    arms = {"hungry": hungry, "modest": lambda new, first=None: (1.0, 0.1)}
+    found = timing.take_turns(tiny_model(), 40, arms, 2, 2)
+    grew = {name: arm["peak"] - arm["before"] for name, arm in found.items()}
+    assert grew["hungry"] == pytest.approx(taken, rel=0.1) and grew["modest"] < taken / 10
+
+
+def test_what_no_system_tells_is_a_dash(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "peak_memory", lambda device, reset=False: None)
     row, = bench(tiny, [40], SCHEDULE, random_scorer(), new=1, repeats=1)
     assert row["full"]["peak_bytes"] is row["sdtp"]["peak_bytes"] is None
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-2] for line in lines if line.split()[1] in ("full", "sdtp")] == ["-", "-"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-2] for line in lines if line[0] == "40"] == ["-", "-"]
+
+
+def test_bars_are_as_long_as_the_times(capsys):
+    row = {"full": {"prefill_s": 3.0, "e2e_s": 6.0}, "sdtp": {"prefill_s": 1.5, "e2e_s": 4.0}}
+    print_bars(row, ("full", "sdtp"))
+    full, sdtp = capsys.readouterr().out.splitlines()
+    assert full.split() == ["full", "=" * 30 + "-" * 30, "6.00", "s"]
+    assert sdtp.split() == ["sdtp", "=" * 15 + "-" * 25, "4.00", "s"]
 
 
 def test_bench_looks_at_all_lengths_first(capsys):

@@ -162,6 +162,7 @@ def test_a_product_of_few_tokens_is_divided_among_the_threads(threads, tokens, b
     linear = Linear(48, 24, bias=bias).requires_grad_(False)
     x = torch.randn(2, 40, 48)[:1, :tokens].transpose(0, 1)     # not contiguous
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("support.linear.LARGE", 48 * 24)
     plain = F.linear(x, linear.weight, linear.bias)
     parts = []
     monkeypatch.setattr(torch, "bmm", lambda a, b: parts.append(len(a)) or a @ b)
@@ -171,6 +172,9 @@ def test_a_product_of_few_tokens_is_divided_among_the_threads(threads, tokens, b
     assert parts == 2 * [1 if threads == 5 else threads]
     linear(torch.randn(1, 32, 48))
     assert len(parts) == 2, "many tokens go through one product, which has all threads"
+    monkeypatch.setattr("support.linear.LARGE", 48 * 24 + 1)
+    linear(x)
+    assert len(parts) == 2, "a small matrix is not worth it"
 
 
 def test_a_long_rows_marking_pass_is_the_same_computed_again(monkeypatch):

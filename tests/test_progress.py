@@ -16,7 +16,7 @@ import torch
 
 from conftest import ROOT, tiny_model
 from lab import figures
-from prune import Schedule
+from prune import Schedule, flops
 from support import progress
 from support.options import cli
 from support.progress import Progress, counted
@@ -151,19 +151,43 @@ def test_every_long_command_can_be_quiet(module, monkeypatch, capsys):
 # -------------------------------------------------------------------------- fewer, where it is slow
 
 
-@pytest.mark.parametrize("seconds, times", [(1.0, 5), (6.0, 3), (61.0, 1)])
-def test_a_slow_prefill_is_timed_less_often(seconds, times, capsys):
+@pytest.mark.parametrize("seconds, times, left", [(1.0, 5, "11 s"), (6.0, 3, "37 s"),
+                                                   (61.0, 2, "4 min")])
+def test_a_slow_prefill_is_timed_less_often(seconds, times, left, capsys):
     model, told = tiny_model(), []
-    arms = dict.fromkeys(("full", "sdtp"), lambda new: (seconds, 0.1))
+    arms = dict.fromkeys(("full", "sdtp"), lambda new, first=None: (seconds, 0.1))
     shown = Progress(quiet=True)
     shown.note = told.append
-    found = take_turns(model.device, arms, 2, 5, progress=shown)
+    found = take_turns(model, 20, arms, 2, 5, progress=shown)
     assert [len(found[name]["prefill"]) for name in arms] == [times, times]
     assert [len(found[name]["decode"]) for name in arms] == 2 * [min(3, times)]
-    said = f"a prefill takes {seconds:.0f} s: timed {times}, not 5 times\n"
+    said = (f"     20  about {left}: a prefill takes {seconds:.0f} s, so each arm is timed "
+            f"{times}, not 5 times\n")
     assert capsys.readouterr().out == (said if times < 5 else "")
     assert bench_row(model, 20, Schedule(1, 1, 4, 0.8), found, 2)["repeats"] == times
-    assert told[0] == "full: warming up, 1 of 2" and told[-1].endswith(f"{times} of {times} times")
+    assert told[0] == "20 tokens, full: warming up, 1 of 2"
+    assert told[4] == f"20 tokens, full: 1 of {times} times, {left} left"
+    assert f"{times} of {times} times" in told[-1]
+
+
+def test_a_long_prompt_is_warmed_up_by_its_beginning(capsys):
+    """Its time is estimated by FLOPs; compiled code reads the whole."""
+    model, seen = tiny_model(), []
+
+    def run(new, first=None):
+        seen.append((new, first))
+        return 10.0, 0.5
+
+    found = take_turns(model, 8192, {"full": run, "sdtp": run}, 9, 5, 1)
+    counts = [[n] * len(model.blocks) for n in (8192, 4096)]
+    growth = flops(model.config, counts[0]) / flops(model.config, counts[1])
+    total = 3 * 2 * 10 * growth + 3 * 2 * 8 * 0.5
+    assert 2.5 < growth < 4, "attention grows with the square"
+    assert seen == 2 * [(4, 4096)] + 6 * [(9, None)] and len(found["full"]["decode"]) == 3
+    assert f"   8192  about {total / 60:.0f} min: a prefill takes " in capsys.readouterr().out
+    seen.clear()
+    take_turns(model, 8192, {"full": run}, 9, 5, 1, whole=True)
+    assert seen[0] == (4, 8192)
 
 
 # ------------------------------------------------------------------------------------------ --json

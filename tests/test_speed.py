@@ -10,11 +10,11 @@ from lab import speed
 from lab.scorers import random_scorer
 from lab.speed import Ceilings
 from model import hf_name
-from prune import flops, kv_bytes, prefill
+from prune import UNPRUNED, flops, kv_bytes, prefill
 from support import timing
 from support.timing import random_prompt
 
-MEASURED = {"prefill_s", "decode_s", "e2e_s", "peak_bytes", "kv_bytes"}
+MEASURED = {"prefill_s", "decode_s", "e2e_s", "before_bytes", "peak_bytes", "kv_bytes"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_both_arms_are_measured(tiny):
 
 def test_what_is_reached_of_the_ceilings(tiny, quick):
     row = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=5, repeats=1)[0]
-    assert (row["peak_flops"], row["copy_bytes_s"]) == quick
+    assert (row["peak_flops"], row["read_bytes_s"]) == quick
     embed = tiny.embed.weight.numel()
     read = 4 * (sum(p.numel() for p in tiny.parameters()) - embed)     # the head is another tensor
     floors = []
@@ -53,7 +53,7 @@ def test_what_is_reached_of_the_ceilings(tiny, quick):
         moved = read + kv_bytes(tiny.config, [n + 2 for n in counts], 4)
         assert arm["flops"] == used
         assert arm["of_peak"] == pytest.approx(used / arm["prefill_s"] / 1e12)
-        assert arm["of_copy"] == pytest.approx(moved / arm["decode_s"] / 1e10)
+        assert arm["of_read"] == pytest.approx(moved / arm["decode_s"] / 1e10)
         floors.append(used / 1e12 + 4 * moved / 1e10)
     assert row["speedup"]["e2e_by_floors"] == pytest.approx(floors[0] / floors[1])
     assert row["pruning_share"] == row["pruning_s"] / row["sdtp"]["prefill_s"]
@@ -97,14 +97,13 @@ def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, mo
     assert "     33  not measured: out of memory. Tried to allocate 64 GB" in err.splitlines()
     found = json.loads(out)
     assert [row["n"] for row in found["bench"]] == [32]
-    assert found["bench"][0]["full"]["peak_bytes"] is None      # a CPU tells none of an arm
     assert set(found["profile"]) == {"full", "sdtp"}
 
 
 def test_without_decode_nothing_is_said_of_it(tiny, quick):
     row = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=1, repeats=1)[0]
     for name in ("full", "sdtp"):
-        assert row[name]["decode_s"] == row[name]["bytes_s"] == row[name]["of_copy"] == 0.0
+        assert row[name]["decode_s"] == row[name]["bytes_s"] == row[name]["of_read"] == 0.0
         assert row[name]["e2e_s"] == row[name]["prefill_s"]
 
 
@@ -124,10 +123,35 @@ def test_the_stages_timed_are_those_of_a_prefill(tiny, tokens):
         assert torch.equal(pos, stage.seen)
 
 
-@pytest.mark.parametrize("changes", [{"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)}])
-def test_transformers_runs_on_the_same_weights(changes, quick):
+def test_what_must_be_held_is_what_is_held(tiny, quick):
+    row = speed.bench(tiny, [40], SCHEDULE, random_scorer(), new=3, repeats=1)[0]
+    for name, schedule in (("full", UNPRUNED), ("sdtp", SCHEDULE)):
+        parts = row[name]["must_hold_bytes"]
+        caches = prefill(tiny, random_prompt(tiny, 40), schedule, random_scorer(), room=2)[1]
+        assert parts["caches"] == sum(2 * cache.k.nbytes for cache in caches)
+        assert parts["weights"] == sum(p.nbytes for p in tiny.parameters())
+        assert parts["state"] == tiny.embed(random_prompt(tiny, 40)).nbytes
+        assert parts["swiglu"] == 3 * 4 * 40 * tiny.config.ffn
+        assert parts["weights"] + parts["libraries"] == row[name]["before_bytes"]
+    assert speed.must_hold(tiny, 2000, UNPRUNED, 1, None)["swiglu"] == 12 * 1024 * tiny.config.ffn
+
+
+OTHERS = {"Llama": [{"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)},
+                    {"qkv_bias": True, "o_bias": True}],
+          "Mistral": [{"window": 11}, {"window": 64}],
+          "Qwen2": [{"qkv_bias": True}, {"qkv_bias": True, "tied": True}],
+          "Qwen3": [{"qk_norm": True}, {"qk_norm": True, "qkv_bias": True, "o_bias": True}]}
+
+
+@pytest.mark.parametrize("kind, changes", [(kind, changes) for kind, each in OTHERS.items()
+                                           for changes in each])
+def test_transformers_runs_on_the_same_weights(kind, changes, quick):
     pytest.importorskip("transformers")
     model = tiny_model(**changes)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    assert type(speed.as_transformers(model)).__name__ == f"{kind}ForCausalLM"
     row = speed.bench(model, [40], SCHEDULE, random_scorer(), new=2, repeats=1,
                       vs="transformers")[0]
     assert row["vs"]["logits_differ_by"] < 1e-4
@@ -140,11 +164,12 @@ def test_transformers_runs_on_the_same_weights(changes, quick):
         assert theirs[hf_name(name)].data_ptr() == p.data_ptr(), "shared, not copied"
 
 
-@pytest.mark.parametrize("changes", [{"window": 11}, {"qkv_bias": True}, {"o_bias": True},
-                                     {"qk_norm": True}, {"rope_ramp": (4.0, -1.0, 0.0, 1.0)}])
-def test_what_transformers_llama_cannot_be_is_refused(changes):
+@pytest.mark.parametrize("changes", [{"window": 11, "qkv_bias": True}, {"o_bias": True},
+                                     {"qk_norm": True, "window": 11},
+                                     {"rope_ramp": (4.0, -1.0, 0.0, 1.0)}])
+def test_what_transformers_has_no_model_for_is_refused(changes):
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="are not compared"):
+    with pytest.raises(ValueError, match="not compared"):
         speed.as_transformers(tiny_model(**changes))
 
 

@@ -239,22 +239,6 @@ def test_speed_with_and_without_transformers():
     assert tables.speed_ratios(alone)[1][0][-2:] == ["", ""]
 
 
-def test_only_a_gpu_tells_the_peak_memory_of_an_arm():
-    """Old results of a CPU hold the peaks of the whole process."""
-    found = measured("smollm2_speed_cpu")
-    assert all(row["full"]["peak_bytes"] for row in found["bench"])
-    head, rows = tables.speed_arms(found)
-    assert "peak memory" not in head and len(rows[0]) == len(head)
-    found["hardware"] = "NVIDIA H100, torch 2.13.0"
-    longer, more = tables.speed_arms(found)
-    assert longer == [*head[:-1], "peak memory", head[-1]]
-    assert more[0] == [*rows[0][:-1], "1.04 GB", rows[0][-1]]
-    for row in found["bench"]:
-        for name in ("full", "sdtp", "transformers"):
-            row[name]["peak_bytes"] = None
-    assert tables.speed_arms(found) == (head, rows)
-
-
 # ------------------------------------------------------------------------------------------ render
 
 TABLE = "<!-- table toy -->\n{}\n<!-- end -->"
