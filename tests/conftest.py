@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 sys.path.append(str(ROOT / "checkpoints"))   # last: gguf.py there would hide the package gguf
 
+import forked  # noqa: E402
 from model import Config, Llama, load  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from prune import Schedule  # noqa: E402
@@ -135,14 +136,19 @@ time nobody could come."""
 # ---------------------------------------------------------------------------------- our commands
 
 
-def command(*words, **options):
+def command(*words, cwd=ROOT, **options):
     """Run one of our commands as a user would -> exit code, stdout, stderr.
 
-    options are those of subprocess.run: cwd and timeout too, where a test needs its own.
+    options: those of forked.run; of subprocess.run for a text of Python (-c).
     """
-    options = {"cwd": ROOT, "timeout": 300, **options}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          **options)
+    run = anew if words[0] == "-c" else forked.run
+    return run(words, cwd, **options)
+
+
+def anew(words, cwd, **options):
+    """As forked.run, in a process that has to import all it needs."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, **options)
     return done.returncode, done.stdout, done.stderr
 
 

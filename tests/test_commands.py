@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "checkpoints" / "toy"
+import forked
+from conftest import ROOT, TOY, anew
+
 DOLLY = "databricks-dolly-15k.jsonl"
 # Llama-2-7b-hf's config.json, its sizes made small; 32 blocks as there.
 LLAMA2 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1,
@@ -67,17 +68,15 @@ def tensors_of(c):
     yield "lm_head.weight", (words, dim)
 
 
-def typed(line, folder, **options):
+def typed(line, folder, run=forked.run, env=os.environ):
     """A command as it is typed, in a folder -> exit code, stdout, stderr."""
-    words = line.split()
-    assert words[0] == "python"
-    words[:1] = [sys.executable]
-    if words[1] == "-m":
-        options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    python, *words = line.split()
+    assert python == "python"
+    if words[0] == "-m":
+        env = {**env, "PYTHONPATH": str(ROOT)}
     else:
-        words[1] = str(ROOT / words[1])
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, **options)
-    return done.returncode, done.stdout, done.stderr
+        words[0] = str(ROOT / words[0])
+    return run(words, folder, env=env)
 
 
 # --------------------------------------------------------------------------------- the way through
@@ -321,7 +320,7 @@ def table():
         for what, line, _ in WRONG:
             begin = time.time()
             env = {**os.environ, "HF_HOME": folder}
-            _, _, err = typed(line, Path(folder) / "there", env=env)
+            _, _, err = typed(line, Path(folder) / "there", anew, env)
             spent, err = time.time() - begin, err.strip().split(": ", 1)[1]
             line, err = (text.replace(str(TOY), "checkpoints/toy") for text in (line, err))
             print(f"| {what} | `{line}` | {err.replace('|', '/')} | {spent:.1f} |", flush=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 import infer
-from conftest import ROOT
+from conftest import ROOT, command
 from lab.scorers import make_scorer
 from model import KVCache, Tokenizer
 from support.caches import h2o
@@ -37,25 +38,24 @@ def killed(words, pattern, least, after):
     number >= least in place of the group of the pattern.
     """
     terminal, inside = pty.openpty()
-    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=inside)
+    running = forked.start(words, ROOT, os.devnull, os.ttyname(inside))
+    seen = os.read(terminal, 1000).decode()
     os.close(inside)
-    seen = ""
     while not any(int(number) >= least for number in re.findall(pattern, seen)):
-        assert running.poll() is None, seen
+        assert running.is_alive(), seen
         seen += os.read(terminal, 1000).decode()
     time.sleep(after)
     running.kill()
-    assert running.wait() == -9
+    running.join()
+    assert running.exitcode == -9
     os.close(terminal)
 
 
 def finished(words):
     """What a command prints that runs to its end: stdout, stderr."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    code, out, err = command(*words)
+    assert code == 0, err
+    return out, err
 
 
 def assert_same_file(a, b):

@@ -1,10 +1,11 @@
 """Two processes on the CPU (gloo) against one: data parallel, FSDP2, tensor parallel.
 
-Run by pytest it starts the real commands under torchrun; started by torchrun itself it is one of
-two processes (`worker`).
+Run by pytest it starts the real commands, some under torchrun, more with what torchrun would tell
+them; started so itself it is one of two processes (`worker`).
 """
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,14 +38,25 @@ def alone(*words):
     return json.loads(out)
 
 
+def two(*words):
+    """A command in two processes, with what torchrun tells them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    copies = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    return command(*words, copies=copies)
+
+
 def both(*words):
-    """The same on two processes; only the first prints."""
-    return alone(*TORCHRUN, *words)
+    """The same as `alone` on two processes; only the first prints."""
+    code, out, err = two(*words)
+    assert code == 0, err[-3000:]
+    return json.loads(out)
 
 
-def refused(*words):
+def refused(code, out, err):
     """What a command says that fails."""
-    code, _, err = command(*words)
     assert code != 0
     return err
 
@@ -65,7 +77,8 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("mask, more", [("gumbel", []), ("topk", ["--shard"])],
                          ids=["data", "shard"])
 def test_two_processes_train_as_one(single, mask, more, tmp_path):
-    log = both(*TRAIN, "--mask", mask, *more, "--out", tmp_path)["log"]
+    words = [*TRAIN, "--mask", mask, *more, "--out", tmp_path]
+    log = (alone(*TORCHRUN, *words) if more else both(*words))["log"]
     want_log, want = single[mask]
     assert len(log) == 3
     for ours, whole in zip(log, want_log, strict=True):
@@ -100,13 +113,13 @@ def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
 
 @pytest.mark.beside
 def test_what_does_not_divide_or_belong_is_refused(tmp_path):
-    uneven = refused(*TORCHRUN, "train.py", "--accum", 3, "--out", tmp_path)
+    uneven = refused(*two("train.py", "--accum", 3, "--out", tmp_path))
     assert "--accum 3 rows a step in batches of 1 do not divide among 2 processes" in uneven
-    held = refused(*TORCHRUN, "train.py", "--shard", "--hold", "--out", tmp_path)
+    held = refused(*two("train.py", "--shard", "--hold", "--out", tmp_path))
     assert "leave out --hold" in held
-    assert "torchrun" in refused("train.py", "--shard")
-    assert "torchrun" in refused("infer.py", "--tp")
-    by_attention = refused(*TORCHRUN, "infer.py", "--tp", "--scorer", "attention")
+    assert "torchrun" in refused(*command("train.py", "--shard"))
+    assert "torchrun" in refused(*command("infer.py", "--tp"))
+    by_attention = refused(*two("infer.py", "--tp", "--scorer", "attention"))
     assert "leave out --tp" in by_attention
 
 
@@ -168,7 +181,7 @@ def test_one_process_agrees_with_itself(tokens):
 
 
 def test_slices_logits_saliency_and_survivors_on_two_processes(tmp_path):
-    code, out, err = command(*TORCHRUN, __file__, tmp_path)
+    code, out, err = two(__file__, tmp_path)
     assert code == 0, err[-3000:]
     assert "both agree" in out
 
