@@ -23,9 +23,12 @@ oracles: what is right is not known here. Encoding, the empty context (begin-of-
 it) and the cut of contexts that are too long, from the left, are lm_eval's own. A task that asks
 for the likelihood of a whole text has no prompt, so nothing to prune: it takes --scorers full.
 
+What was read is kept in --rows-file: the same command goes on where it was stopped.
+
 Shapes: B = 1 context, N tokens of it, L blocks.
 """
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -38,14 +41,14 @@ from pathlib import Path
 import torch
 
 from lab.quality import (ORACLES, Setup, default_arms, difference, line, mean_of, parse_arm,
-                         prepare, ratio, read_answers)
+                         prepare, ratio, read_answers, stored_rows)
 from lab.tasks import Answer
 from model import Tokenizer
 from prune import extend, prefill
 from support.data import digest
 from support.files import need
 from support.options import (add_json_argument, add_pruning_arguments, add_quiet_argument,
-                             at_least, cli, command_parser, print_json)
+                             at_least, cli, command_parser, print_json, rows_file)
 from support.progress import counted
 from support.sampling import finite, greedy
 from support.saved import load_pruning, read_pruning
@@ -60,14 +63,38 @@ NO_PROMPT = ("this task asks for the likelihood of whole texts: there is no prom
 # ------------------------------------------------------------------------------ reading, in one arm
 
 
+class Kept:
+    """What was measured, by a key; in the JSONL file `log` too, where there is one.
+
+    run: a text that says what all in it depends on.
+    """
+
+    def __init__(self, log=None, run=""):
+        rows = stored_rows(log, run) if log else []
+        self.log, self.found = log, {row["key"]: row["value"] for row in rows}
+
+    def get(self, key, measure):
+        """What measure() says, JSON, now or earlier."""
+        key = digest(key)
+        if key not in self.found:
+            self.found[key] = measure()
+            if self.log:
+                row = {"row": len(self.found) - 1, "key": key, "value": self.found[key]}
+                with self.log.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(row) + "\n")
+        return self.found[key]
+
+
 class Reader:
     """One arm at work: contexts are lists of token ids, at least one.
 
-    shares: what it kept of each context, a mean over blocks. cut: how many requests were too long.
+    kept: what it need not read again. shares: what it kept of each context, a mean over blocks.
+    cut: how many requests were too long.
     """
 
-    def __init__(self, setup, name, quiet=True):
+    def __init__(self, setup, name, quiet=True, kept=None):
         self.setup, self.name, self.quiet = setup, name, quiet
+        self.kept = kept or Kept()
         self.arm = setup.arm(name)
         self.limit = setup.model.config.max_positions
         self.shares, self.cut = [], 0
@@ -78,15 +105,21 @@ class Reader:
         return context[-room:]
 
     def prepare(self, context):
-        """-> what is read, tokens (1, N); and by which schedule, scorer and kind of cache.
+        """-> what is read, tokens (1, N); by which schedule, scorer and kind of cache; the share.
 
         Random scores follow from the context alone: neither order nor number of rows changes them.
         """
         prompt = torch.tensor([context], device=self.setup.model.device)
         seed = int(digest(context), 16)
-        text, used, kept, _ = prepare(self.setup, self.arm, prompt, None, seed, {})
-        self.shares.append(kept)
-        return text, used
+        text, used, share, _ = prepare(self.setup, self.arm, prompt, None, seed, {})
+        return text, used, share
+
+    def once(self, context, measure, *asked):
+        """measure(context, *asked) -> share, result; the result, if need be from `kept`."""
+        key = [self.name, context, *asked]
+        share, result = self.kept.get(key, lambda: measure(context, *asked))
+        self.shares.append(share)
+        return result
 
     def read(self, pairs, quiet=True):
         """(context, continuation), both token ids -> [(log-likelihood, is it the model's choice)].
@@ -102,36 +135,45 @@ class Reader:
             groups.setdefault(tuple(context), []).append(number)
         found = [None] * len(pairs)
         for context, numbers in counted(list(groups.items()), f"contexts, {self.name}", quiet):
-            answers = [Answer(pairs[number][1], 0) for number in numbers]
-            tokens, used = self.prepare(list(context))
-            read, _ = read_answers(self.setup.model, tokens, answers, *used)
-            for number, (value, _, chosen) in zip(numbers, read):
+            continuations = [list(pairs[number][1]) for number in numbers]
+            values = self.once(list(context), self.likelihoods, continuations)
+            for number, (value, chosen) in zip(numbers, values):
                 found[number] = value, chosen
         return found
 
-    @torch.no_grad()
+    def likelihoods(self, context, continuations):
+        """-> the share kept of a context, and `read`'s pair for each continuation."""
+        tokens, used, share = self.prepare(context)
+        answers = [Answer(continuation, 0) for continuation in continuations]
+        read, _ = read_answers(self.setup.model, tokens, answers, *used)
+        return share, [(value, chosen) for value, _, chosen in read]
+
     def write(self, context, new, stops):
         """The likeliest text after a context: at most `new` tokens, up to an eos or a stop string.
 
         stops: strings; the text ends before the first of them.
         """
-        setup, said = self.setup, []
         need(new < self.limit, f"{new:,} new tokens leave no room for a prompt in this model's "
                                f"{self.limit:,} positions")
-        tokens, used = self.prepare(self.shorten(context, self.limit - new))
-        schedule, scorer, cache = used
+        return self.once(self.shorten(context, self.limit - new), self.continued, new, stops)
+
+    @torch.no_grad()
+    def continued(self, context, new, stops):
+        """-> the share kept of a context, and the text after it."""
+        setup, said = self.setup, []
+        tokens, (schedule, scorer, cache), share = self.prepare(context)
         N = tokens.shape[1]
         logits, caches, _ = prefill(setup.model, tokens, schedule, scorer, new, cache)
         for pos in range(N, N + new):
             token = greedy(finite(setup.model, logits))             # (1, 1)
             said.append(token.item())
             if said[-1] in setup.model.config.eos:
-                return setup.tokenizer.decode(said[:-1])
+                return share, setup.tokenizer.decode(said[:-1])
             text = setup.tokenizer.decode(said)
             if any(stop in text for stop in stops):
-                return before(text, stops)
+                return share, before(text, stops)
             logits = extend(setup.model, token, pos, caches)[:, -1]
-        return setup.tokenizer.decode(said)
+        return share, setup.tokenizer.decode(said)
 
 
 def before(text, stops):
@@ -215,7 +257,7 @@ def harness_model(reader):
 # -------------------------------------------------------------------------------------------- tasks
 
 
-def rows_file(folder, task):
+def data_file(folder, task):
     """The JSONL file in a folder that holds a task's rows."""
     names = [file.stem for file in sorted(Path(folder).glob("*.jsonl"))]
     fit = [name for name in names if f"_{name}_" in f"_{task}_"]
@@ -248,7 +290,7 @@ def find_tasks(manager, name, folder=None):
     if folder is None:
         return load_tasks(manager, name, name, "the Hub (--data DIR reads rows from a file)")
     need(name in manager.all_subtasks, f"{name} stands for several tasks: with --data, name each")
-    file = rows_file(folder, name)
+    file = data_file(folder, name)
     spec = local_task(manager.task_index[name], file)
     tasks = load_tasks(manager, name, spec, file)["tasks"]
     check_answers(tasks[name], file)
@@ -369,9 +411,21 @@ def options():
                         "own in lm_eval's format")
     parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE",
                         help="what +h2o and +local keep of every KV cache")
+    parser.add_argument("--rows-file", metavar="FILE", type=rows_file,
+                        help="JSONL of what was read so far (default: a file under out/harness/ "
+                        "named after model, predictors and schedule)")
     add_quiet_argument(parser)
     add_json_argument(parser)
     return parser
+
+
+def identity(setup):
+    """A text that says what every result depends on, whatever the task."""
+    model, depends = setup.model, [setup.model.blocks[0], setup.model.norm]
+    if setup.predictors is not None:
+        depends.append(setup.predictors)
+    return json.dumps([asdict(setup.schedule), setup.prior, setup.share, str(model.dtype),
+                       str(model.device), digest(*depends)])
 
 
 def check_arms(arms, share):
@@ -388,11 +442,11 @@ def check_tasks(found, arms):
     need(arms == ["full"] or not whole, NO_PROMPT)
 
 
-def measure(setup, arms, found, limit, quiet):
+def measure(setup, arms, found, limit, quiet, kept=None):
     """Tasks under every arm -> rows of the table, and how many requests were cut."""
     results, shares, cut = {}, {}, 0
     for name in arms:
-        reader = Reader(setup, name, quiet)
+        reader = Reader(setup, name, quiet, kept)
         results[name] = evaluate(reader, found, limit)
         shares[name] = sum(reader.shares) / len(reader.shares)
         cut = reader.cut
@@ -417,9 +471,10 @@ def main():
     print(pruning.said(args))
     model, schedule, predictors, _ = load_pruning(args, pruning)
     setup = Setup(model, schedule, predictors, prior, args.h2o, tokenizer=tokenizer)
-    start, rows = time.time(), []
+    start, rows, run = time.time(), [], identity(setup)
+    kept = Kept(Path(args.rows_file or Path("out", "harness", f"{digest(run)}.jsonl")), run)
     for tasks in found.values():
-        these, cut = measure(setup, arms, tasks, args.limit, args.quiet)
+        these, cut = measure(setup, arms, tasks, args.limit, args.quiet, kept)
         show(these)
         if cut:
             print(f"{cut} requests were cut from the left to this model's positions")

@@ -11,7 +11,7 @@ from conftest import (SCHEDULE, SMOLLM2, command, needs, predictors_for, random_
 
 from infer import generate
 from lab import harness, quality
-from lab.harness import Reader, before, harness_model, rows_file
+from lab.harness import Kept, Reader, before, data_file, harness_model
 from lab.quality import Setup
 from lab.tasks import Answer, Item
 from model import Tokenizer, load
@@ -92,6 +92,37 @@ def test_an_arm_reads_as_in_lab_quality(setup, name):
     assert reader.shares == [expected["keep"]]
 
 
+def test_what_was_read_is_not_read_again(setup, tmp_path, monkeypatch, capsys):
+    """Stopped after two contexts, in the middle of a third line; and of another model."""
+    log, pairs = tmp_path / "some" / "rows", pairs_of(random_rows(3))
+    expected = Reader(setup, "random").read(pairs)
+    reader = Reader(setup, "random", kept=Kept(log, "run"))
+    assert reader.read(pairs[:2]) == expected[:2]
+    with log.open("a") as f:
+        f.write('{"row": 2, "key"')
+    calls, real = [], quality.prefill
+    monkeypatch.setattr(quality, "prefill", lambda *words: calls.append(1) or real(*words))
+    again = Reader(setup, "random", kept=Kept(log, "run"))
+    assert again.read(pairs[:2]) == expected[:2] and not calls
+    assert again.shares == reader.shares
+    assert again.read(pairs) == expected
+    assert len(calls) == 3, "with a second continuation a context is another question"
+    assert f"2 rows are in {log} already" in capsys.readouterr().out
+    assert len(log.read_text().splitlines()) == 1 + 5
+    Reader(setup, "full", kept=Kept(log, "run")).read(pairs[:1])
+    assert len(calls) == 4, "an arm has its own"
+    with pytest.raises(ValueError, match="these rows belong to another command"):
+        Kept(log, "another model")
+
+
+def test_a_text_is_not_written_again(toy, monkeypatch, tmp_path):
+    context = toy.tokenizer.encode("Anna sells old maps. Question: what does Anna sell? Answer:")
+    said = Reader(toy, "full", kept=Kept(tmp_path / "rows", "")).write(context, 6, ["."])
+    monkeypatch.setattr(harness, "prefill", None)
+    again = Reader(toy, "full", kept=Kept(tmp_path / "rows", ""))
+    assert again.write(context, 6, ["."]) == said and again.shares == [1.0]
+
+
 def test_the_mean_share_that_is_kept(setup):
     full, pruned = Reader(setup, "full"), Reader(setup, "predictor")
     for reader in (full, pruned):
@@ -149,10 +180,10 @@ def test_the_file_of_a_task(tmp_path, files, task, name):
     for file in files:
         jsonl(tmp_path / f"{file}.jsonl", [])
     if name:
-        assert rows_file(tmp_path, task) == tmp_path / f"{name}.jsonl"
+        assert data_file(tmp_path, task) == tmp_path / f"{name}.jsonl"
     else:
         with pytest.raises(ValueError, match=f"no rows for {task}, expected a file {task}.jsonl"):
-            rows_file(tmp_path, task)
+            data_file(tmp_path, task)
 
 
 @pytest.mark.skipif(LM_EVAL, reason="lm_eval is installed")
@@ -245,7 +276,7 @@ def data(tmp_path):
 def test_tasks_are_measured_in_several_arms(data):
     tasks = ["copa", "winogrande", "boolq", "lambada_openai"]
     words = ["--data", data, "--tasks", *tasks, "--scorers", "full", "random", "predictor",
-             "--limit", 6, "--num-fewshot", 2, "--json", "--quiet"]
+             "--limit", 6, "--num-fewshot", 2, "--rows-file", data / "rows", "--json", "--quiet"]
     code, out, err = command("-m", "lab.harness", *words, env=OFFLINE)
     assert code == 0, err
     told = json.loads(out)
