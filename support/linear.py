@@ -23,13 +23,13 @@ class Linear(nn.Linear):
     """nn.Linear, on every device and in every dtype, at the speed of fp32 or better."""
 
     def forward(self, x):
-        # the device first: torch.compile makes a graph for each side of a question about sizes
+        # sizes last: torch.compile makes a graph for each side of a question about them
         if x.device.type != "cpu" or self.weight.requires_grad:
             return super().forward(x)
-        few = x.numel() < MANY * x.shape[-1]
-        if few and x.dtype == torch.float32 and self.weight.numel() >= LARGE:
-            return divided(x, self.weight, self.bias)
-        if few and not x.requires_grad or not emulated(x):
+        if x.dtype == torch.float32:
+            divide = self.weight.numel() >= LARGE and x.numel() < MANY * x.shape[-1]
+            return divided(x, self.weight, self.bias) if divide else super().forward(x)
+        if not emulated(x) or x.numel() < MANY * x.shape[-1] and not x.requires_grad:
             return super().forward(x)
         return Product.apply(x, self.weight, self.bias)
 
