@@ -155,6 +155,29 @@ def profile(model, n, schedule, scorer, top=12):
     return found
 
 
+@torch.no_grad()
+def products(model, repeats=10):
+    """The matrix-vector products of one token alone -> {part: {"s": seconds, "bytes_s": bytes/s}}.
+
+    In the order of a decode, so that each finds its weights in memory and not in a cache.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
+    tokens = {layer: model.embed.weight.new_ones(1, 1, layer.in_features) for _, layer in layers}
+    spent, read = {}, {}
+    for i in range(repeats + 1):
+        for name, layer in layers:
+            part = name.split(".")[-1]              # blocks.3.q, head
+            start = clock(model.device)
+            layer(tokens[layer])
+            if i:                                   # the first round warms up
+                spent[part] = spent.get(part, 0) + (clock(model.device) - start) / repeats
+                read[part] = read.get(part, 0) + layer.weight.nbytes / repeats
+    found = {part: {"s": spent[part], "bytes_s": read[part] / spent[part]} for part in spent}
+    told = [f"{part} {told['bytes_s'] / 1e9:.1f} GB/s" for part, told in found.items()]
+    print(f"a token's products alone: {1e3 * sum(spent.values()):.1f} ms; {', '.join(told)}")
+    return found
+
+
 def shares(events, cuda):
     """[(operator, its share of the time)], the longest first."""
     spent = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -354,7 +377,8 @@ def speed_parser():
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, and "
                         "decode in static shapes (on cuda a CUDA graph)")
     parser.add_argument("--profile", action="store_true",
-                        help="then say which operators take the time, at the longest prompt")
+                        help="then say which operators take the time, at the longest prompt, and "
+                             "what the products of one token take")
     parser.add_argument("--png", metavar="FILE", type=picture_file,
                         help="draw cost against length (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0)
@@ -383,6 +407,7 @@ def main():
               f"{len(lengths)} lengths")
     if args.profile and rows:
         longest = max(row["n"] for row in rows)
+        result["products"] = products(model)
         result["profile"] = profile(model, longest, schedule, scorer)
     if args.png and rows:
         title = f"{args.ckpt}, {hardware(model.device)}, {dtype_name(model)}"

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from lab.figures import curve, tradeoff
+from lab.figures import cost_against_length, curve, tradeoff
 from lab.plan import SHAPES, plan
 from prune import Schedule, flops_row
 from support.places import ROOT
@@ -345,13 +345,15 @@ def h2o(tasks, dolly):
 
 # ------------------------------------------------------------------------------------------- speed
 
-ARMS = {"transformers": "transformers, full", "full": "full", "sdtp": "**SDTP**"}
+ARMS = {"full": "full", "sdtp": "**SDTP**"}
 
 
-def speed_short(found):
-    """What pruning gives at each prompt length."""
+def speed_short(found, most):
+    """What pruning gives at each prompt length of at most so many tokens."""
     rows = []
     for row in found["bench"]:
+        if row["n"] > most:
+            continue
         full, sdtp, gain = row["full"], row["sdtp"], row["speedup"]
         rows.append([
             row["n"], f"{full['prefill_s']:.2f} s", f"{sdtp['prefill_s']:.2f} s",
@@ -366,21 +368,21 @@ def speed_short(found):
 def speed_arms(found):
     """Table 2, measured: a row for each prompt length and arm."""
     rows, first = [], found["bench"][0]
-    read = first.get("read_bytes_s", first.get("copy_bytes_s"))     # old results: of a copy
     for row in found["bench"]:
-        for name in [name for name in ARMS if name in row]:
+        for name in ("full", "sdtp"):
             arm = row[name]
-            of_read = arm.get("of_read", arm.get("of_copy"))
+            low, high = arm["prefill_spread_s"]
             rows.append([
-                row["n"], ARMS[name], f"{arm['prefill_s']:.3f} s",
+                row["n"], ARMS[name], f"{arm['prefill_s']:.2f} s ({low:.2f} to {high:.2f})",
                 f"{arm['flops_s'] / 1e9:.0f} GFLOP/s = {arm['of_peak']:.0%}",
                 f"{1e3 * arm['decode_s']:.1f} ms",
-                f"{arm['bytes_s'] / 1e9:.1f} GB/s = {of_read:.0%}",
+                f"{arm['bytes_s'] / 1e9:.1f} GB/s = {arm['of_read']:.0%}",
                 f"{arm['e2e_s']:.2f} s", f"{arm['kv_bytes'] / 1e6:.0f} MB",
             ])
     return ["N", "arm", "prefill", f"of the matmul peak, {first['peak_flops'] / 1e9:.0f} GFLOP/s",
             "decode, per token",
-            f"of the bandwidth, {read / 1e9:.1f} GB/s", "end to end", "KV"], rows
+            f"of a large matrix-vector product's {first['read_bytes_s'] / 1e9:.1f} GB/s",
+            "end to end", "KV"], rows
 
 
 def speed_memory(found):
@@ -396,19 +398,50 @@ def speed_memory(found):
 
 
 def speed_ratios(found):
-    """Table 2, measured: what pruning gives, and how the full model compares to transformers."""
+    """Table 2, measured: what pruning gives."""
     rows = []
     for row in found["bench"]:
         gain = row["speedup"]
-        against = [f"{row['vs'][part]:.2f}x" for part in ("prefill", "decode") if "vs" in row]
         rows.append([
-            row["n"],
+            row["n"], row["repeats"],
             f"{gain['prefill']:.2f}x of {row['ideal']:.2f}x = {row['share_of_ideal']:.0%}",
             f"{gain['e2e']:.2f}x ({gain['e2e_by_floors']:.2f}x)", f"{row['pruning_share']:.1%}",
-            *(against or ["", ""]),
         ])
-    return ["N", "SDTP, prefill speed-up of its ideal", "end to end (by the floors)",
-            "stages' share of its prefill", "full against transformers, prefill", "decode"], rows
+    return ["N", "times", "SDTP, prefill speed-up of its ideal", "end to end (by the floors)",
+            "stages' share of its prefill"], rows
+
+
+def faster(before, after, unit, scale=1):
+    return f"{scale * before:.2f} -> {scale * after:.2f} {unit} = {before / after:.2f}x"
+
+
+def speed_vs(*found):
+    """transformers beside the unpruned arm."""
+    rows = []
+    for each in found:
+        for row in each["bench"]:
+            full, other = row["full"], row["transformers"]
+            rows.append([
+                each["ckpt"], row["n"], faster(other["prefill_s"], full["prefill_s"], "s"),
+                faster(other["decode_s"], full["decode_s"], "ms", 1e3),
+                f"{row['vs']['logits_differ_by']:.0e}",
+            ])
+    return ["model", "N", "prefill, transformers -> ours", "decode, transformers -> ours",
+            "first logits differ by"], rows
+
+
+def speed_compiled(*found):
+    """Pairs of results, without and with torch.compile."""
+    rows = []
+    for plain, compiled in zip(found[::2], found[1::2]):
+        for before, after in zip(plain["bench"], compiled["bench"], strict=True):
+            for name in ("full", "sdtp"):
+                a, b = before[name], after[name]
+                rows.append([plain["ckpt"], before["n"], ARMS[name],
+                             faster(a["prefill_s"], b["prefill_s"], "s"),
+                             faster(a["decode_s"], b["decode_s"], "ms", 1e3), compiled["graphs"]])
+    return ["model", "N", "arm", "prefill, plain -> compiled", "decode, plain -> compiled",
+            "graphs"], rows
 
 
 # --------------------------------------------------------------------------------------- ablations
@@ -502,9 +535,14 @@ TABLES = {
     "choice": Table(choice, ("smollm2_harness_0", "smollm2_harness_5")),
     "long": Table(long_prompts, tuple(LONG)),
     "h2o": Table(h2o, ("smollm2_harness_h2o", "smollm2_h2o_nll")),
-    "speed": Table(speed_short, ("smollm2_speed_cpu",)),
-    "speed_arms": Table(speed_arms, ("smollm2_speed_cpu",)),
-    "speed_ratios": Table(speed_ratios, ("smollm2_speed_cpu",)),
+    "speed": Table(partial(speed_short, most=16384), ("qwen05_speed_cpu",)),
+    "speed_arms": Table(speed_arms, ("qwen05_speed_cpu",)),
+    "speed_ratios": Table(speed_ratios, ("qwen05_speed_cpu",)),
+    "speed_memory": Table(speed_memory, ("qwen05_speed_cpu",)),
+    "speed_vs": Table(speed_vs, ("qwen05_transformers_cpu", "smollm2_speed_cpu")),
+    "speed_small": Table(speed_ratios, ("smollm2_speed_cpu",)),
+    "speed_compiled": Table(speed_compiled, ("smollm2_eager_cpu", "smollm2_compiled_cpu",
+                                             "qwen05_eager_cpu", "qwen05_compiled_cpu")),
     "losses": Table(variants, ("smollm2_losses",)),
     "seeds": Table(variants, ("smollm2_seeds",)),
     "gradient": Table(gradients, ("toy_gradient", "smollm2_gradient")),
@@ -549,6 +587,10 @@ def figures():
     title = f"SmolLM2-135M-Instruct, {full['n']} held-out rows"
     tradeoff({name: lines[name] for name in best_first}, full,
              ROOT / "results" / "smollm2_keep.png", title)
+    for name in ("qwen05_speed_cpu", "smollm2_cost_cpu"):
+        found = result(name)
+        title = f"{found['ckpt']}, {found['hardware']}, {found['dtype']}"
+        cost_against_length(found["bench"], ROOT / "results" / f"{name}.png", title)
 
 
 def main():

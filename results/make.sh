@@ -40,7 +40,6 @@ real="--ckpt smollm2 --dtype bfloat16"
 dolly="--data $data/dolly.jsonl --template chatml --context --min-prompt 128 --max-prompt 448"
 quality="python -m lab.quality"
 ablations="python -m lab.ablations $real $dolly"
-speed="python -m lab.speed --ckpt smollm2 --lengths"
 
 # The toy, and the training of SmolLM2's predictors
 make toy_exact python checkpoints/toy.py --eval 500
@@ -117,10 +116,17 @@ make toy_gradient python -m lab.gradient
 make smollm2_gradient python -m lab.gradient --ckpt smollm2 --template chatml --context \
     --data $data/dolly.jsonl --min-prompt 128 --max-prompt 200 --limit 4 --tokens 30
 
-# Speed
-make smollm2_speed_cpu $speed 512 1024 2048 4096 --vs transformers --profile --repeats 9
-make smollm2_cost_cpu $speed 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3 \
-    --png "$results/smollm2_cost_cpu.png"
+# Speed: nothing else may run
+small="python -m lab.speed --ckpt smollm2 --lengths"
+large="python -m lab.speed $larger --lengths"
+make qwen05_speed_cpu $large 1024 4096 8192 16384 32640
+make smollm2_speed_cpu $small 512 1024 2048 4096 --vs transformers --profile --repeats 9
+make qwen05_transformers_cpu $large 1024 4096 8192 --vs transformers --repeats 3 --max-new-tokens 64
+make smollm2_cost_cpu $small 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3
+make smollm2_eager_cpu $small 512 2048 --max-new-tokens 64
+make smollm2_compiled_cpu $small 512 2048 --max-new-tokens 64 --compile
+make qwen05_eager_cpu $large 1024 --max-new-tokens 32
+make qwen05_compiled_cpu $large 1024 --max-new-tokens 32 --compile
 
 # Pages of survivors
 text="How was the Antikythera mechanism found, and what did it do?

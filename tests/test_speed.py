@@ -1,5 +1,6 @@
 """lab/speed.py: the arms of `infer.py --bench` beside the device's ceilings and transformers."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from infer import generate
 from lab import speed
 from lab.scorers import random_scorer
 from lab.speed import Ceilings
-from model import hf_name
+from model import FEED_FORWARD_CHUNK, hf_name
 from prune import UNPRUNED, flops, kv_bytes, prefill
 from support import timing
 from support.timing import random_prompt
@@ -97,7 +98,7 @@ def test_what_was_measured_is_kept_where_another_length_fails(leaves, capsys, mo
     assert "     33  not measured: out of memory. Tried to allocate 64 GB" in err.splitlines()
     found = json.loads(out)
     assert [row["n"] for row in found["bench"]] == [32]
-    assert set(found["profile"]) == {"full", "sdtp"}
+    assert set(found["profile"]) == {"full", "sdtp"} and "gate" in found["products"]
 
 
 def test_without_decode_nothing_is_said_of_it(tiny, quick):
@@ -133,7 +134,8 @@ def test_what_must_be_held_is_what_is_held(tiny, quick):
         assert parts["state"] == tiny.embed(random_prompt(tiny, 40)).nbytes
         assert parts["swiglu"] == 3 * 4 * 40 * tiny.config.ffn
         assert parts["weights"] + parts["libraries"] == row[name]["before_bytes"]
-    assert speed.must_hold(tiny, 2000, UNPRUNED, 1, None)["swiglu"] == 12 * 1024 * tiny.config.ffn
+    piece = FEED_FORWARD_CHUNK["cpu"]
+    assert speed.must_hold(tiny, 2000, UNPRUNED, 1, None)["swiglu"] == 12 * piece * tiny.config.ffn
 
 
 OTHERS = {"Llama": [{"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)},
@@ -184,6 +186,18 @@ def test_a_profile_names_the_operators(tiny, capsys):
     assert "full, 40 tokens: " in capsys.readouterr().out
 
 
+def test_products_are_those_of_one_token(tiny, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "clock", lambda device: seen.append(1) or 0.5 * len(seen))
+    found = speed.products(tiny, repeats=2)
+    assert list(found) == ["q", "k", "v", "o", "gate", "up", "down", "head"]
+    # a warm-up asks the clock once, a round twice for each: half a second between
+    assert found["q"]["s"] == pytest.approx(6 * 0.5) and found["head"]["s"] == 0.5
+    assert found["q"]["bytes_s"] == pytest.approx(4 * 48 * 48 / 0.5)
+    assert found["head"]["bytes_s"] == pytest.approx(4 * 48 * 90 / 0.5)
+    assert "a token's products alone: 21500.0 ms; q 0.0 GB/s, " in capsys.readouterr().out
+
+
 @pytest.mark.beside
 def test_the_command_writes_what_the_tables_and_the_picture_read(tmp_path):
     pytest.importorskip("matplotlib")
@@ -194,9 +208,9 @@ def test_the_command_writes_what_the_tables_and_the_picture_read(tmp_path):
     found = json.loads(out)
     assert [row["n"] for row in found["bench"]] == [64, 96]
     assert found["command"].startswith("python -m lab.speed --lengths 64 96 ")
-    for table in (speed_arms, speed_ratios, speed_short):
+    for table in (speed_arms, speed_ratios, partial(speed_short, most=64)):
         head, rows = table(found)
-        assert len(rows) in (2, 4)
+        assert len(rows) in (1, 2, 4)
         assert all(len(row) == len(head) for row in rows)
     assert (tmp_path / "cost.png").stat().st_size > 1000
 

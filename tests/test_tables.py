@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 
@@ -225,18 +226,32 @@ def test_keep_ratios_likeliest_scorer_first():
     assert len(rows) == 7 + 3 and all(len(cells) == len(head) for cells in rows)
 
 
-def test_speed_with_and_without_transformers():
-    found = measured("smollm2_speed_cpu")
+def test_speed():
+    found = measured("qwen05_speed_cpu")
     n = len(found["bench"])
-    for make, count in ((tables.speed_short, n), (tables.speed_arms, 3 * n),
-                        (tables.speed_ratios, n)):
+    for make, count in ((partial(tables.speed_short, most=9000), n - 2),
+                        (tables.speed_arms, 2 * n),
+                        (tables.speed_ratios, n), (tables.speed_memory, 2 * n)):
         head, rows = make(found)
         assert len(rows) == count and all(len(cells) == len(head) for cells in rows)
-    alone = measured("smollm2_cost_cpu")
-    assert len(tables.speed_arms(alone)[1]) == 2 * len(alone["bench"])
-    for one in alone["bench"]:
-        one["speedup"].setdefault("e2e_by_floors", 1.0)
-    assert tables.speed_ratios(alone)[1][0][-2:] == ["", ""]
+
+
+def test_memory_is_the_sum_of_its_parts():
+    for cells in tables.speed_memory(measured("qwen05_speed_cpu"))[1]:
+        peak, whole, *parts = map(float, cells[2:])
+        assert whole == pytest.approx(sum(parts), abs=0.03)
+        assert peak > parts[0], "the weights at least"
+
+
+def test_speed_beside_another():
+    both = measured("qwen05_transformers_cpu"), measured("smollm2_speed_cpu")
+    head, rows = tables.speed_vs(*both)
+    assert len(rows) == sum(len(each["bench"]) for each in both)
+    assert all(len(cells) == len(head) for cells in rows)
+    assert tables.faster(3.0, 2.0, "ms", 1e3) == "3000.00 -> 2000.00 ms = 1.50x"
+    _, files = tables.TABLES["speed_compiled"]
+    head, rows = tables.speed_compiled(*map(measured, files))
+    assert all(len(cells) == len(head) and "x" in cells[3] for cells in rows)
 
 
 # ------------------------------------------------------------------------------------------ render
@@ -307,7 +322,13 @@ def test_figures_are_drawn_from_results_alone(monkeypatch):
     monkeypatch.setattr(tables, "curve", lambda log, path: drawn.update({path.name: log}))
     monkeypatch.setattr(tables, "tradeoff",
                         lambda lines, full, path, title: drawn.update({path.name: (lines, full)}))
+    monkeypatch.setattr(tables, "cost_against_length",
+                        lambda rows, path, title: drawn.update({path.name: (rows, title)}))
     tables.figures()
+    rows, title = drawn["qwen05_speed_cpu.png"]
+    assert rows == measured("qwen05_speed_cpu")["bench"]
+    assert title.startswith("qwen2.5-coder-0.5b, ") and title.endswith(", float32")
+    assert "smollm2_cost_cpu.png" in drawn
     assert drawn["smollm2_training.png"] == measured("smollm2_training")["log"]
     lines, full = drawn["smollm2_keep.png"]
     assert full["scorer"] == "full"
