@@ -29,7 +29,7 @@ from support.tokenizer import Tokenizer  # noqa: F401
 # The position of padding: after every real query, so none sees it.
 PAD = 1 << 30
 # Tokens of a row that go through the SwiGLU at once: bounds the memory of its inner values.
-FEED_FORWARD_CHUNK = {"cpu": 512, "cuda": 16384}
+FEED_FORWARD_CHUNK = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
