@@ -48,6 +48,14 @@ def start(words, cwd, out, err, env=os.environ, preexec_fn=None):
     return process
 
 
+def until(text, path, process, seconds=120):
+    """Wait until a running process has written a text to a file."""
+    deadline = time.monotonic() + seconds
+    while text not in (said := path.read_text(encoding="utf-8") if path.exists() else ""):
+        assert process.is_alive() and time.monotonic() < deadline, said
+        time.sleep(0.01)
+
+
 def become(words, cwd, env, out, err, preexec_fn):
     """Inside of a copy: be `python WORDS`."""
     if preexec_fn:

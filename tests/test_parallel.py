@@ -4,9 +4,8 @@ Run by pytest it starts the real commands, some under torchrun, more with what t
 them; started so itself it is one of two processes (`worker`).
 """
 import json
-import signal
+import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 # first: it sets the import path of the worker too
+import forked
 from conftest import ROOT, batch_of, command, tiny_model
 from infer import generate
 from lab.scorers import norm_scorer
@@ -38,14 +38,18 @@ def alone(*words):
     return json.loads(out)
 
 
-def two(*words):
-    """A command in two processes, with what torchrun tells them."""
+def as_torchrun():
+    """What torchrun tells each of two processes: their environments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    copies = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
-    return command(*words, copies=copies)
+    return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+
+
+def two(*words):
+    """A command in two processes, with what torchrun tells them."""
+    return command(*words, copies=as_torchrun())
 
 
 def both(*words):
@@ -92,16 +96,16 @@ def test_two_processes_train_as_one(single, mask, more, tmp_path):
 
 def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
     words = [*map(str, TRAIN), "--mask", "topk", "--out", str(tmp_path)]
-    running = subprocess.Popen([sys.executable, *TORCHRUN, *words], cwd=ROOT, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    seen = ""
-    while "read in all" not in seen:            # the first step begins
-        more = running.stderr.readline()
-        assert more, seen
-        seen += more
-    running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode != 0
+    said = [tmp_path / f"err{i}" for i in range(2)]
+    running = [forked.start(words, ROOT, os.devnull, err, os.environ | more)
+               for err, more in zip(said, as_torchrun())]
+    forked.until("read in all", said[0], running[0])        # the first step begins
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(60)
+        assert process.exitcode not in (0, None)
+    err = "".join(path.read_text() for path in said)
     assert err.count("stopping after this step") == 1, "the first process alone speaks"
     assert err.count("stopped and saved after step") == 1
     metadata = load_tensors(tmp_path / "predictors_state.safetensors")[1]

@@ -4,13 +4,13 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 import torch
 
+import forked
 import train as T
 from conftest import (ROOT, SCHEDULE, batch_of, command, fresh_predictors, random_rows,
                       tiny_model)
@@ -616,20 +616,15 @@ def test_a_command_stops_while_it_calibrates(signals, leaves, monkeypatch, tmp_p
 
 
 def test_a_stopped_command_saves_and_goes_on_as_if_it_had_not(trained, tmp_path):
-    words = [sys.executable, *map(str, COMMAND), str(tmp_path)]
-    running = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE)
-    seen = ""
-    while "read in all" not in seen:            # the first step begins
-        more = running.stderr.readline()
-        assert more, seen
-        seen += more
-    running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 130
-    first, *_, last = err.splitlines()      # between them progress, where a step takes seconds
-    assert first == "stopping after this step; Ctrl-C again: at once"
-    assert last.startswith("stopped and saved after step")
+    said = tmp_path.with_suffix(".err")
+    running = forked.start([*COMMAND, tmp_path], ROOT, os.devnull, said)
+    forked.until("read in all", said, running)              # the first step begins
+    running.terminate()
+    running.join(60)
+    assert running.exitcode == 130
+    lines = said.read_text().splitlines()
+    assert lines.count("stopping after this step; Ctrl-C again: at once") == 1
+    assert lines[-1].startswith("stopped and saved after step")
     code, out, err = command(*COMMAND, tmp_path, "--resume")
     assert code == 0, err
     assert "going on after step" in err
