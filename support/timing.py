@@ -136,9 +136,9 @@ def take_turns(model, n, arms, new, repeats, warm_ups=2, progress=SILENT, whole=
             progress.note(f"{n} tokens, {name}: warming up, {i + 1} of {warm_ups}")
             spent[name] = run(min(new, 4), first)       # of the last time: the first may compile
     prefills = [growth * prefill_s for prefill_s, _ in spent.values()]
-    decodes = [(new - 1) * decode_s for _, decode_s in spent.values()]
+    decoding = [(new - 1) * decode_s for _, decode_s in spent.values()]
     wanted, repeats = repeats, fewer(repeats, max(prefills))
-    total = repeats * sum(prefills) + min(3, repeats) * sum(decodes)
+    total = repeats * sum(prefills) + min(3, repeats) * sum(decoding)
     progress.clear()
     if repeats < wanted:
         print(f"{n:7d}  about {minutes(total)}: a prefill takes {max(prefills):.0f} s, so each arm "
