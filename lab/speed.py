@@ -98,7 +98,7 @@ def must_hold(model, n, schedule, new, before):
     c, size = model.config, model.embed.weight.element_size()
     weights = sum(p.nbytes for p in model.parameters())
     held = [m + new - 1 for m in schedule.counts(n, c.n_blocks)]
-    piece = min(n, FEED_FORWARD_CHUNK[model.device.type])
+    piece = min(n, FEED_FORWARD_CHUNK.get(model.device.type, n))
     return {"weights": weights, "libraries": max(0, (before or 0) - weights),
             "caches": kv_bytes(c, held, size), "state": n * c.dim * size,
             "swiglu": 3 * piece * c.ffn * size}
