@@ -128,7 +128,7 @@ def toy():
 def said(model, schedule, scorer, ids, number):
     """The answer to prompt `number`, of 6 to 919 tokens, what lived to the last stage, bytes."""
     draw = random.Random(number)
-    n = draw.choice((6, 30, 100, 400, 900)) + draw.randrange(20)
+    n = draw.choice((6, 6, 30, 30, 100, 100, 400, 900)) + draw.randrange(20)
     start = draw.randrange(len(ids) - n)
     tokens = torch.tensor([ids[start:start + n]])
     cache = h2o(0.4) if number % 10 == 9 else KVCache
@@ -158,7 +158,7 @@ def test_two_hundred_prompts_in_one_process():
             held.append(tensor_bytes())
     assert held[1] == held[2] == held[3], \
         f"bytes of the tensors alive after 50, 100, 150 and 200 prompts: {held}"
-    # The caches of a hundred prompts would be 120 MB; the allocator, after hundreds of other
+    # The caches of a hundred prompts would be 80 MB; the allocator, after hundreds of other
     # tests, moves in steps of some 20 MB.
     assert resident[3] - resident[1] < 40, f"resident megabytes: {resident}"
     assert [said(*loaded, number) for number in range(0, 200, 17)] == found[::17]
