@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from functools import partial
 
 import pytest
 
