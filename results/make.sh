@@ -80,6 +80,16 @@ make qwen05_dolly $quality $larger --data $data/dolly.jsonl --context --min-prom
     --max-prompt 448 --limit 40 $some
 make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-prompt 2000 \
     --limit 40 ${some/predictor/predictor predictor@cut}
+# the 1.5B's predictors are not committed: 49 rows to mark are half an hour
+largest="--ckpt qwen2.5-coder-1.5b --dtype bfloat16"
+if wanted "$results/qwen15_passages.json" qwen15_passages; then
+    python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-mixed.jsonl --plain 0.5
+    python train.py $largest --data out/passages-mixed.jsonl --context --max-prompt 2000 \
+        --cls 0 --mse 0 --pairs saliency --states marked --around 0.5 --near --hold \
+        --max-response 96 --report-rows 0 --epochs 16 --limit 49 --out out/passages-15
+fi
+make qwen15_passages $quality $largest --predictors out/passages-15/predictors.safetensors \
+    --data out/passages.jsonl --context --max-prompt 2000 --limit 13 $some
 make qwen05_needle python -m lab.needle $larger --data $data/wikitext2_valid.jsonl \
     --lengths 1024 2048 --png "$results/qwen05_needle.png"
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
@@ -121,7 +131,7 @@ small="python -m lab.speed --ckpt smollm2 --lengths"
 large="python -m lab.speed $larger --lengths"
 make qwen05_speed_cpu $large 1024 4096 8192 16384 32640
 make smollm2_speed_cpu $small 512 1024 2048 4096 --vs transformers --profile --repeats 9
-make qwen05_transformers_cpu $large 1024 4096 8192 --vs transformers --repeats 3 --max-new-tokens 64
+make qwen05_transformers_cpu $large 1024 4096 8192 --vs transformers --repeats 5 --max-new-tokens 64
 make smollm2_cost_cpu $small 256 512 1024 2048 4096 8192 --max-new-tokens 1 --repeats 3
 make smollm2_eager_cpu $small 512 2048 --max-new-tokens 64
 make smollm2_compiled_cpu $small 512 2048 --max-new-tokens 64 --compile
