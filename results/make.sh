@@ -58,15 +58,17 @@ make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/p
     earliest@cut recent@cut norm@cut attention@cut expected@cut truncate oracle:norm_gx
 passages="--predictors checkpoints/smollm2/passages.safetensors --max-prompt 2200"
 for part in passage question; do
+    context=$([[ $part == question ]] || echo --context)
     rows=out/passages-$part.jsonl
     python -m lab.passages --data "$data/dolly.jsonl" --out $rows --alone $part
-    make smollm2_${part}_alone $quality --ckpt smollm2 $passages --data $rows --limit 65 --scorers full
+    make smollm2_${part}_alone $quality --ckpt smollm2 $passages --data $rows $context --limit 65 \
+        --scorers full
 done
 python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-8.jsonl --passages 8
 some="--limit 16 --scorers full predictor random earliest earliest@cut recent@cut truncate oracle:norm_gx"
-make smollm2_passages_8 $quality --ckpt smollm2 $passages --data out/passages-8.jsonl $some
-make smollm2_passages_last $quality --ckpt smollm2 $passages --data out/passages.jsonl \
-    --question last $some
+make smollm2_passages_8 $quality --ckpt smollm2 $passages --data out/passages-8.jsonl --context $some
+make smollm2_passages_last $quality --ckpt smollm2 $passages --data out/passages.jsonl --context \
+    --max-prompt 2000 --question last $some
 rules="full predictor prior predictor@cut random earliest recent norm attention expected
     earliest@cut recent@cut norm@cut attention@cut expected@cut truncate"
 make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $rules oracle:norm_gx
