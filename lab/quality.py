@@ -16,7 +16,7 @@ between scorers are paired.
 tasks: nll      likelihood of the response of Dolly rows {instruction, context, response}; "share
                 of gap" says where a scorer stands between random pruning (0%) and the full model
                 (100%), "predictor ahead by" how much of it lies between, with the error of rows
-                compared one by one
+                compared one by one; then the shares once more, by the length of the answer
        text     likelihood of the next --max-response tokens after --max-prompt tokens of plain
                 text, rows {text}
        lambada  the last word of {text}: is it the model's own choice?
@@ -42,6 +42,7 @@ Shapes: B = 1 row, N prompt tokens, n tokens of an answer, V vocabulary, S stage
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -454,6 +455,50 @@ def share_of_gap(metric, arm):
     return found
 
 
+ANSWERS = (24, 64)              # tokens: the most of a short answer, and of a middling one
+
+
+def by_answer(rows, arms, task):
+    """Where the arms stand on rows with short, middling and long answers: a list of groups.
+
+    rows and task: as for `table`, which makes each group's rows. For other tasks than nll, without
+    the arms full and random, or with one group alone, there is nothing to tell: [].
+    """
+    if task != "nll" or not {"full", "random"} <= set(arms):
+        return []
+    found, past = [], 0
+    for most in (*ANSWERS, None):
+        these = [row for row in rows if past < answer_length(row) <= (most or math.inf)]
+        if len(these) > 1:
+            found.append({"tokens": [past + 1, most], "n": len(these),
+                          "rows": table(these, arms, task)})
+        past = most
+    return found if len(found) > 1 else []
+
+
+def answer_length(row):
+    """How many tokens of the first answer count, in a row of measure_rows."""
+    return row["full"]["answers"][0][1]
+
+
+def answer_range(group):
+    """The answers of a group of `by_answer`, in words."""
+    low, high = group["tokens"]
+    return f"{low} to {high} tokens" if high else f"{low} tokens or more"
+
+
+def show_answers(groups):
+    """Print the share of the gap by the length of the answer, the arms as they were named."""
+    heads = [f"{answer_range(group)} ({group['n']})" for group in groups]
+    print(f"\n{'share of gap':18}" + "".join(f"{head:>24}" for head in heads))
+    by = [{row["scorer"]: row for row in group["rows"]} for group in groups]
+    for name in by[0]:
+        if all("share_of_gap" in group[name] for group in by):
+            shares = [f"{group[name]['share_of_gap']:.0%} +- {group[name]['share_stderr']:.0%}"
+                      for group in by]
+            print(f"{name:18}" + "".join(f"{share:>24}" for share in shares))
+
+
 def show(rows):
     """Print the table: a block for each metric, the best arm first."""
     for metric in dict.fromkeys(row["metric"] for row in rows):
@@ -609,6 +654,9 @@ def main():
     told = {"task": args.task, "data": args.data and Path(args.data).name,
             "seconds": time.time() - start, "schedule": asdict(schedule),
             "prompt_tokens": [min(lengths), mean, max(lengths)], "rows": rows}
+    if groups := by_answer(done[:len(items)], arms, args.task):
+        show_answers(groups)
+        told["by_answer"] = groups
     print_json(args, model, told)
 
 

@@ -208,6 +208,35 @@ def test_how_far_the_predictors_are_ahead_is_paired_by_row(capsys):
     assert "predictor ahead by" in out and "+25.0% +- 0.0%" in out
 
 
+def test_shares_by_the_length_of_the_answer(capsys):
+    """Short answers at a half of the gap, long ones at a quarter; a single middling one is none."""
+    def rows(tokens, recent, n):
+        arms = {"full": 4, "recent": recent, "random": 8}
+        return [{arm: {"answers": [[-value, tokens, False]], "keep": 0.5}
+                 for arm, value in arms.items()}] * n
+
+    done = [*rows(24, 6, 3), *rows(64, 5, 1), *rows(65, 7, 2)]
+    arms = ["full", "recent", "random"]
+    short, long = groups = quality.by_answer(done, arms, "nll")
+    assert (short["tokens"], short["n"]) == ([1, 24], 3)
+    assert (long["tokens"], long["n"]) == ([65, None], 2)
+    shares = [{row["scorer"]: row.get("share_of_gap") for row in one["rows"]} for one in groups]
+    assert shares == [{"full": None, "recent": share, "random": None} for share in (0.5, 0.25)]
+    quality.show_answers(groups)
+    head, recent = capsys.readouterr().out.splitlines()[1:]
+    assert "1 to 24 tokens (3)" in head and "65 tokens or more (2)" in head
+    assert recent.split() == ["recent", "50%", "+-", "0%", "25%", "+-", "0%"]
+
+
+def test_nothing_is_said_by_length_where_there_is_one_group_no_gap_or_another_task():
+    done = [row_of({"full": (4, 0), "recent": (6, 0), "random": (8, 0)})] * 3
+    two = done + [{arm: {"answers": [[-4, 99, False]], "keep": 0.5} for arm in done[0]}] * 2
+    assert quality.by_answer(done, ["full", "recent", "random"], "nll") == []
+    assert quality.by_answer(two, ["full", "recent"], "nll") == []
+    assert quality.by_answer(two, ["full", "recent", "random"], "text") == []
+    assert len(quality.by_answer(two, ["full", "recent", "random"], "nll")) == 2
+
+
 def test_table_of_long_prompts():
     full = row_of({"full": (4, 0)}, score=1.0, prefill_s=3.0, e2e_s=8.0)
     done = [full | row_of({"recent": (8, 0)}, score=0.25, prefill_s=1.0, e2e_s=4.0)] * 2
