@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple
 
 from lab.figures import cost_against_length, curve, tradeoff
 from lab.plan import SHAPES, plan
+from lab.quality import answer_range
 from prune import Schedule, flops_row
 from support.places import ROOT
 from support.files import need, read_json
@@ -83,6 +84,13 @@ def share(row):
     if "share_of_gap" in row:
         return percent(row["share_of_gap"], row["share_stderr"])
     return {"full": "100%", "random": "0%"}[row["scorer"]]
+
+
+def ahead(row):
+    """How much of the gap the trained predictors lie before a row; nothing for themselves."""
+    if "predictor_ahead" not in row:
+        return ""
+    return f"{row['predictor_ahead']:+.0%} ± {row['predictor_ahead_stderr']:.0%}"
 
 
 def markdown(head, rows):
@@ -226,8 +234,7 @@ def every_scorer(found, only=()):
     if any("predictor_ahead" in row for row in rows):
         head.append("trained predictors ahead by (paired)")
         for line, row in zip(cells, rows):
-            lead, error = row.get("predictor_ahead"), row.get("predictor_ahead_stderr")
-            line.append("" if lead is None else f"{lead:+.0%} ± {error:.0%}")
+            line.append(ahead(row))
     return head, cells
 
 
@@ -247,6 +254,37 @@ def shares(*found, titles=(), only=()):
         rows.append([f"*NLL per token: {called(name)}*", *nll])
     columns = [f"{title} ({one['full']['n']} rows)" for title, one in zip(titles, by)]
     return ["kept by", *columns], rows
+
+
+def peers(found):
+    """kvpress' presses beside our arms at the same bytes, likeliest first."""
+    costs = {row["scorer"]: row for row in found["costs"]}
+    rows = sorted(found["rows"], key=lambda row: row["value"])
+    head = ["kept by", f"NLL per token ({rows[0]['n']} rows)", "share of the random-to-full gap",
+            "trained predictors ahead by (paired)", "KV cache, MB", "prefill, s"]
+    cells = []
+    for row in rows:
+        name, cost = row["scorer"], costs[row["scorer"]]
+        title = called(name) if name.islower() else f"kvpress, {name}"
+        cells.append([title, likelihood(row), share(row), ahead(row),
+                      f"{cost['kv_bytes'] / 1e6:.1f}", f"{cost['prefill_s']:.2f}"])
+    return head, cells
+
+
+def answers(*found, titles=(), only=()):
+    """Where scorers, those in `only`, stand on rows with short, middling and long answers."""
+    groups = [(title, group) for title, one in zip(titles, found) for group in one["by_answer"]]
+    by = [{row["scorer"]: row for row in group["rows"]} for _, group in groups]
+    rows = []
+    for name in only:
+        cells = [share(one[name]).replace(" ", "") if name in one else "" for one in by]
+        if any(cells):
+            rows.append([called(name), *cells])
+    for name in ("random", "full"):
+        nll = [f"{one[name]['value']:.2f}" for one in by]
+        rows.append([f"*NLL per token: {called(name)}*", *nll])
+    heads = [f"{title}, {answer_range(group)} ({group['n']} rows)" for title, group in groups]
+    return ["kept by", *heads], rows
 
 
 SHORT = ("oracle:norm_gx", "truncate", "earliest@cut", "predictor", "earliest", "norm", "expected")
@@ -526,6 +564,11 @@ TABLES = {
     "passages": Table(every_scorer, ("smollm2_passages",)),
     "passages_more": Table(partial(shares, titles=("4 passages", "8 passages", "question last")),
                            ("smollm2_passages", "smollm2_passages_8", "smollm2_passages_last")),
+    "answers": Table(partial(answers, titles=("135M", "0.5B"),
+                             only=("oracle:norm_gx", "truncate", "predictor", "neighbours",
+                                   "earliest@cut", "recent@cut", "norm")),
+                     ("smollm2_passages", "qwen05_passages")),
+    "peers": Table(peers, ("smollm2_peers",)),
     "rules": Table(partial(shares, titles=("Dolly", "plain text", "LAMBADA")),
                    ("smollm2_rules", "smollm2_text_rules", "smollm2_lambada_rules")),
     "larger": Table(partial(shares, titles=("Dolly, 0.5B", "Dolly, 135M", "passages, 1.5B",

@@ -69,6 +69,10 @@ some="--limit 16 --scorers full predictor random earliest earliest@cut recent@cu
 make smollm2_passages_8 $quality --ckpt smollm2 $passages --data out/passages-8.jsonl --context $some
 make smollm2_passages_last $quality --ckpt smollm2 $passages --data out/passages.jsonl --context \
     --max-prompt 2000 --question last $some
+# kvpress lives in an environment of its own, see lab/peers.py; PEERS is its folder bin
+[[ -z ${PEERS:-} ]] || PATH="$PEERS:$PATH" make smollm2_peers python -m lab.peers --ckpt smollm2 \
+    $passages --max-prompt 2000 --data out/passages.jsonl --context --limit 20 \
+    --scorers full predictor neighbours random
 rules="full predictor prior predictor@cut random earliest recent norm attention expected
     earliest@cut recent@cut norm@cut attention@cut expected@cut truncate"
 make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $rules oracle:norm_gx
