@@ -9,6 +9,7 @@ and `<!-- end -->` is replaced.
 """
 import ast
 import re
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -269,6 +270,18 @@ def peers(found):
         cells.append([title, likelihood(row), share(row), ahead(row),
                       f"{cost['kv_bytes'] / 1e6:.1f}", f"{cost['prefill_s']:.2f}"])
     return head, cells
+
+
+def seeds(*found):
+    """The same predictors from other seeds, on the same rows; the last line is their mean."""
+    names = ("predictor", "neighbours")
+    by = [{row["scorer"]: row for row in one["rows"]} for one in found]
+    rows = [[seed, *(share(one[name]) for name in names)] for seed, one in enumerate(by)]
+    ends = []
+    for name in names:
+        won = [one[name]["share_of_gap"] for one in by]
+        ends.append(f"{statistics.mean(won):.0%}, standard deviation {statistics.stdev(won):.0%}")
+    return ["seed", *(called(name) for name in names)], [*rows, ["mean", *ends]]
 
 
 def answers(*found, titles=(), only=()):
@@ -568,6 +581,8 @@ TABLES = {
                              only=("oracle:norm_gx", "truncate", "predictor", "neighbours",
                                    "earliest@cut", "recent@cut", "norm")),
                      ("smollm2_passages", "qwen05_passages")),
+    "passages_seeds": Table(seeds, ("smollm2_passages", "smollm2_passages_seed1",
+                                    "smollm2_passages_seed2")),
     "peers": Table(peers, ("smollm2_peers",)),
     "rules": Table(partial(shares, titles=("Dolly", "plain text", "LAMBADA")),
                    ("smollm2_rules", "smollm2_text_rules", "smollm2_lambada_rules")),

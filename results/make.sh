@@ -56,6 +56,17 @@ make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/p
     --data out/passages.jsonl --context --max-prompt 2000 --limit 65 \
     --scorers full predictor predictor@cut neighbours random earliest recent norm attention expected \
     earliest@cut recent@cut norm@cut attention@cut expected@cut truncate oracle:norm_gx
+for seed in 1 2; do         # the committed predictors are those of seed 0
+    wanted "$results/smollm2_passages_seed$seed.json" smollm2_passages_seed$seed || continue
+    python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-mixed.jsonl --plain 0.5
+    python train.py --ckpt smollm2 --data out/passages-mixed.jsonl --context --max-prompt 2000 \
+        --cls 0 --mse 0 --pairs saliency --states marked --around 0.5 --near --hold \
+        --max-response 96 --report-rows 0 --epochs 8 --limit 400 --seed $seed \
+        --out out/passages-seed$seed
+    make smollm2_passages_seed$seed $quality --ckpt smollm2 \
+        --predictors out/passages-seed$seed/predictors.safetensors --data out/passages.jsonl \
+        --context --max-prompt 2000 --limit 65 --scorers full predictor neighbours random
+done
 passages="--predictors checkpoints/smollm2/passages.safetensors --max-prompt 2200"
 for part in passage question; do
     context=$([[ $part == question ]] || echo --context)
@@ -82,10 +93,11 @@ make smollm2_lambada_rules $quality --ckpt smollm2 --task lambada --data $data/l
     --limit 80 --scorers $rules
 larger="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/passages.safetensors"
 some="--scorers full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
+both="${some/predictor/predictor predictor@cut}"
 make qwen05_dolly $quality $larger --data $data/dolly.jsonl --context --min-prompt 128 \
-    --max-prompt 448 --limit 40 $some
+    --max-prompt 448 --limit 60 $both oracle:norm_gx@cut
 make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-prompt 2000 \
-    --limit 40 ${some/predictor/predictor predictor@cut}
+    --limit 65 $both
 # the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 largest="--ckpt qwen2.5-coder-1.5b --dtype bfloat16"
 if wanted "$results/qwen15_passages.json" qwen15_passages; then
@@ -97,7 +109,7 @@ fi
 make qwen15_passages $quality $largest --predictors out/passages-15/predictors.safetensors \
     --data out/passages.jsonl --context --max-prompt 2000 --limit 13 $some
 make qwen05_needle python -m lab.needle $larger --data $data/wikitext2_valid.jsonl \
-    --lengths 1024 2048 --png "$results/qwen05_needle.png"
+    --lengths 1024 2048 4096 --png "$results/qwen05_needle.png"
 make smollm2_text $quality $real --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40
 # lm-evaluation-harness' own tasks; fp32: answers may differ by less than bfloat16 tells

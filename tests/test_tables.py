@@ -132,6 +132,39 @@ def test_every_scorer_best_first():
     assert [cells[3] for cells in rows if cells[0] in ("full model", "random")] == ["100%", "0%"]
 
 
+def test_answers_have_a_column_for_each_length():
+    found = measured("smollm2_passages"), measured("qwen05_passages")
+    head, rows = tables.answers(*found, titles=("A", "B"), only=("predictor", "recent@cut"))
+    assert head[:2] == ["kept by", "A, 1 to 24 tokens (23 rows)"]
+    assert head[-1] == "B, 65 tokens or more (18 rows)" and len(head) == 7
+    assert [cells[0] for cells in rows] == [
+        "**trained predictors**", "latest tokens, one early cut", "*NLL per token: random*",
+        "*NLL per token: full model*"]
+    assert rows[1][-1] == "" and "%±" in rows[1][1]     # the second has not measured it
+    for one in found:
+        assert sum(group["n"] for group in one["by_answer"]) == 65
+
+
+def test_peers_are_named_and_cost_what_they_hold():
+    found = {"rows": [row("Knorm", 2.0, share_of_gap=0.5, share_stderr=0.1, predictor_ahead=0.25,
+                          predictor_ahead_stderr=0.01),
+                      row("predictor", 1.5, share_of_gap=0.75, share_stderr=0.2)],
+             "costs": [{"scorer": name, "kv_bytes": 2.5e6, "prefill_s": seconds}
+                       for name, seconds in (("Knorm", 2.0), ("predictor", 1.254))]}
+    assert tables.peers(found)[1] == [
+        ["**trained predictors**", "1.500 ± 0.500", "75% ± 20%", "", "2.5", "1.25"],
+        ["kvpress, Knorm", "2.000 ± 0.500", "50% ± 10%", "+25% ± 1%", "2.5", "2.00"]]
+
+
+def test_seeds_have_a_mean_and_a_deviation():
+    found = [{"rows": [row(name, share_of_gap=share, share_stderr=0.05)
+                       for name in ("predictor", "neighbours")]} for share in (0.5, 0.6)]
+    head, rows = tables.seeds(*found)
+    assert head == ["seed", "**trained predictors**", "trained predictors + neighbours"]
+    assert rows[0] == [0, "50% ± 5%", "50% ± 5%"]
+    assert rows[2] == ["mean", *["55%, standard deviation 7%"] * 2]
+
+
 def test_shares_on_several_sets_of_rows():
     files = "smollm2_rules", "smollm2_passages"
     found = [measured(file) for file in files]
