@@ -95,7 +95,7 @@ larger="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/pa
 some="--scorers full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
 both="${some/predictor/predictor predictor@cut}"
 make qwen05_dolly $quality $larger --data $data/dolly.jsonl --context --min-prompt 128 \
-    --max-prompt 448 --limit 60 $both oracle:norm_gx@cut
+    --max-prompt 448 --limit 40 $both oracle:norm_gx@cut
 make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-prompt 2000 \
     --limit 65 $both
 # the 1.5B's predictors are not committed: 49 rows to mark are half an hour
