@@ -127,7 +127,7 @@ done
 make smollm2_dolly_f1 $quality $real --task long --data $data/dolly.jsonl \
     --min-prompt 128 --max-prompt 448 --limit 40 $scorers
 make smollm2_passages_f1 $quality --ckpt smollm2 $passages --task long --data out/passages.jsonl \
-    --max-prompt 2000 --limit 24 --scorers full predictor neighbours random earliest@cut truncate
+    --max-prompt 2000 --limit 40 --scorers full predictor neighbours random truncate
 scorers="--scorers full full+h2o full+local predictor predictor+h2o"
 make smollm2_harness_h2o $harness --tasks copa piqa --num-fewshot 5 --limit 40 $scorers
 make smollm2_h2o_nll $quality $real $dolly --limit 24 $scorers random
