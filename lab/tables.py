@@ -291,8 +291,7 @@ def answers(*found, titles=(), only=()):
     rows = []
     for name in only:
         cells = [share(one[name]).replace(" ", "") if name in one else "" for one in by]
-        if any(cells):
-            rows.append([called(name), *cells])
+        rows.append([called(name), *cells])
     for name in ("random", "full"):
         nll = [f"{one[name]['value']:.2f}" for one in by]
         rows.append([f"*NLL per token: {called(name)}*", *nll])

@@ -56,12 +56,12 @@ make smollm2_passages $quality --ckpt smollm2 --predictors checkpoints/smollm2/p
     --data out/passages.jsonl --context --max-prompt 2000 --limit 65 \
     --scorers full predictor predictor@cut neighbours random earliest recent norm attention expected \
     earliest@cut recent@cut norm@cut attention@cut expected@cut truncate oracle:norm_gx
+python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-mixed.jsonl --plain 0.5
+mixed="--data out/passages-mixed.jsonl --context --max-prompt 2000 --max-response 96 --report-rows 0
+    --cls 0 --mse 0 --pairs saliency --states marked --around 0.5 --near --hold"
 for seed in 1 2; do         # the committed predictors are those of seed 0
     wanted "$results/smollm2_passages_seed$seed.json" smollm2_passages_seed$seed || continue
-    python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-mixed.jsonl --plain 0.5
-    python train.py --ckpt smollm2 --data out/passages-mixed.jsonl --context --max-prompt 2000 \
-        --cls 0 --mse 0 --pairs saliency --states marked --around 0.5 --near --hold \
-        --max-response 96 --report-rows 0 --epochs 8 --limit 400 --seed $seed \
+    python train.py --ckpt smollm2 $mixed --epochs 8 --limit 400 --seed $seed \
         --out out/passages-seed$seed
     make smollm2_passages_seed$seed $quality --ckpt smollm2 \
         --predictors out/passages-seed$seed/predictors.safetensors --data out/passages.jsonl \
@@ -101,10 +101,7 @@ make qwen05_passages $quality $larger --data out/passages.jsonl --context --max-
 # the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 largest="--ckpt qwen2.5-coder-1.5b --dtype bfloat16"
 if wanted "$results/qwen15_passages.json" qwen15_passages; then
-    python -m lab.passages --data "$data/dolly.jsonl" --out out/passages-mixed.jsonl --plain 0.5
-    python train.py $largest --data out/passages-mixed.jsonl --context --max-prompt 2000 \
-        --cls 0 --mse 0 --pairs saliency --states marked --around 0.5 --near --hold \
-        --max-response 96 --report-rows 0 --epochs 16 --limit 49 --out out/passages-15
+    python train.py $largest $mixed --epochs 16 --limit 49 --out out/passages-15
 fi
 make qwen15_passages $quality $largest --predictors out/passages-15/predictors.safetensors \
     --data out/passages.jsonl --context --max-prompt 2000 --limit 13 $some
