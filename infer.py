@@ -8,152 +8,140 @@ decode is bound by bytes moved (weights and caches) and gains from shorter cache
     python infer.py --ckpt smollm2 --prompt-file report.txt --html survivors.html
     python infer.py --ckpt random:mistral-7b --bench 4096 8192  # Table 2's rows; needs no weights
 
-Shapes: B = 1 row, N prompt tokens, V vocabulary.
+Shapes: N prompt tokens, V vocabulary.
 """
-import itertools
 import statistics
 from dataclasses import asdict
+from functools import partial
+from itertools import count, islice, pairwise
 from typing import NamedTuple
 
 import torch
 
-from model import KVCache
-from prune import UNPRUNED, extend, prefill
-from support.caches import compile_model, h2o, held_bytes
+from model import KVCache, Tokenizer
+from prune import (UNPRUNED, extend, flops, kv_bytes, load_pruning, predictor_scorer, prefill,
+                   protected)
+from support import options, processes, runs, show
 from support.files import need
-from support.options import cli, hardware, print_json
-from support.parallel import agreed
-from support.parsers import check_inference, infer_parser
-from support.printing import BENCH_HEAD, print_bench
-from support.progress import Progress
-from support.prompts import encode_prompt
-from support.sampling import ends, finite, fitting, greedy, one_past, sampler
-from support.saved import load_pruning, read_pruning
-from support.timing import (SILENT, bench_row, check_bench, check_measured, clock, medians,
-                            one_by_one, random_prompt, take_turns, timed_arms)
+from support.weights import compile_blocks
 
 
 class Generation(NamedTuple):
-    tokens: list                    # the new token ids
+    tokens: list                    # the new token ids, an eos included
+    ended: bool                     # whether an eos came
     trace: list                     # prune.Stage of every stage
     counts: list                    # prompt tokens that entered each block
+    caches: list                    # as the last token left them
     prefill_s: float                # until the first new token is known
     decode_s: float                 # per further token, the median
-    prompt_kv_bytes: int            # all caches after the prompt
-    kv_bytes: int                   # all caches at the end
+
+
+def greedy(logits):
+    """The likeliest token: (1, V) -> (1, 1)."""
+    return logits.argmax(-1, keepdim=True)
+
+
+def sampler(temperature):
+    """A choice of tokens, (1, V) -> (1, 1): greedy at temperature 0, else drawn."""
+    need(0 <= temperature < float("inf"), f"temperature {temperature}: expected 0 or more")
+    if temperature == 0:
+        return greedy
+    return lambda logits: torch.multinomial((logits / temperature).softmax(-1), 1)
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, schedule=None, scorer=None, cache=KVCache,
-             pick=greedy, eos=None, step=extend):
+def decode(model, logits, caches, N, pick=greedy):
+    """Token ids after a prompt of N tokens, without an end: the first follows from logits (1, V)."""
+    for pos in count(N):
+        need(logits.isfinite().all(), f"the logits are not finite in {model.dtype}: the weights "
+                                      "are damaged, or too large for float16")
+        token = pick(logits)                                        # (1, 1)
+        yield token.item()
+        logits = extend(model, token, pos, caches)[:, -1]
+
+
+@torch.no_grad()
+def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cache=KVCache,
+             pick=greedy, eos=None, stop=None):
     """Prefill, pruned where schedule and scorer say so, then decode: tokens (1, N) -> Generation.
 
-    cache: the kind of cache, such as h2o(0.4). pick: greedy, or sampler(temperature). eos: the
-    token or tokens that end the text (default: the model's). step: prune.extend, or it compiled.
-    Raises ValueError for too few positions, before the work, and for logits that are not finite.
+    cache: the kind of cache. pick: greedy, or sampler(temperature). eos: the token ids that end
+    the text (default: the model's). stop(tokens): whether it ends for other reasons. Raises
+    ValueError for too few positions, before the work, and for logits that are not finite.
     """
-    B, N = tokens.shape
-    need(B == 1, f"generate reads one prompt, not {B}: see lab/batch.py")
-    end = one_past(model.config, N, max_new_tokens)
-    eos = ends(model, eos)
-    start = clock(model.device)
+    N = tokens.shape[1]
+    need(max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    end = N + max_new_tokens - 1                                    # the last token is not read
+    model.check_positions(end)
+    eos = model.config.eos if eos is None else eos
+    new, times = [], [runs.clock(model.device)]
     logits, caches, trace = prefill(model, tokens, schedule, scorer, end - N, cache)
-    token = pick(finite(model, logits))                             # (1, 1)
-    pos = torch.tensor([[N]], device=tokens.device)
-    new = [token.item()]
-    times = [clock(model.device)]
-    prompt_kv_bytes = held_bytes(caches)
-    while len(new) < max_new_tokens and new[-1] not in eos:
-        logits = step(model, token, pos, caches, end)               # (1, 1, V)
-        token = pick(finite(model, logits[:, -1]))
-        pos = pos + 1
-        new.append(token.item())
-        times.append(clock(model.device))
-    spent = [after - before for before, after in itertools.pairwise(times)]
-    return Generation(
-        tokens=new,
-        trace=trace,
-        counts=(schedule or UNPRUNED).counts(N, len(caches)),
-        prefill_s=times[0] - start,
-        decode_s=statistics.median(spent) if spent else 0.0,
-        prompt_kv_bytes=prompt_kv_bytes,
-        kv_bytes=held_bytes(caches))
+    for token in islice(decode(model, logits, caches, N, pick), max_new_tokens):
+        times.append(runs.clock(model.device))
+        new.append(token)
+        if token in eos or stop and stop(new):
+            break
+    prefill_s, *further = [after - before for before, after in pairwise(times)]
+    return Generation(new, new[-1] in eos, trace, schedule.counts(N, len(caches)), caches,
+                      prefill_s, statistics.median(further or [0.0]))
 
 
-def side_by_side(model, tokens, arms, new, progress=SILENT, **options):
-    """Arms {name: (schedule, scorer)} on one prompt (1, N) -> {name: Generation}.
+def compare(model, tokens, arms, new, repeats, progress, **given):
+    """Arms {name: (schedule, scorer)} on a prompt (1, N), in turn -> a row of Table 2, a dict.
 
-    The first run of each arm says its text and is a warm-up. The times are medians over further
-    runs in turn, in which every arm makes as many tokens as the longest text has, past an eos too.
+    Every arm makes `new` tokens, past an eos too. given: options of `generate`.
     """
-    runs = {}
-    for name, arm in arms.items():
-        progress.note(f"{name}: reading {tokens.shape[1]} tokens and answering")
-        runs[name] = generate(model, tokens, new, *arm, **options)
-    longest = max(len(run.tokens) for run in runs.values())
-    timed = timed_arms(generate, model, tokens, arms, **options)
-    times = take_turns(model, tokens.shape[1], timed, longest, 4, 1, progress, "step" in options)
-    for name, run in runs.items():
-        prefill_s, decode_s = medians(times[name])
-        runs[name] = run._replace(prefill_s=prefill_s, decode_s=decode_s)
-    return runs
+    N, costs = tokens.shape[1], {}
+    arms_run = {name: partial(generate, model, tokens, new, *arm, eos=(), **given)
+                for name, arm in arms.items()}
+    times = runs.take_turns(arms_run, repeats, progress)
+    for name, (schedule, _) in arms.items():
+        counts = schedule.counts(N, len(model.blocks))
+        costs[name] = {"flops": flops(model.config, counts, schedule=schedule),
+                       "kv_bytes": kv_bytes(model.config, counts, model.dtype.itemsize)}
+    return runs.table_row(N, new, times, costs)
 
 
-def both_arms(schedule, scorer):
-    """What `side_by_side` compares here: {name: (schedule, scorer)}."""
-    return {"full": (None, None), "sdtp": (schedule, scorer)}
+def bench(model, arms, sizes, new, repeats, progress):
+    """Table 2's rows, measured on prompts of `sizes` random tokens: yields each as it is known."""
+    model.check_positions(max(sizes) + new - 1)
+    for N in sizes:
+        tokens = runs.random_prompt(model.config.vocab, N).to(model.device)
+        yield compare(model, tokens, arms, new, repeats, progress)
 
 
-def bench(model, lengths, schedule, scorer, new=128, repeats=5, progress=SILENT, **options):
-    """Print Table 2's rows, measured on random tokens -> a list of dicts, see `bench_row`."""
-    check_bench(model, lengths, new)
-    print(f"{hardware(model.device)}, {model.dtype}; {new} new tokens; medians of {repeats} "
-          f"prefills in turn\n{BENCH_HEAD}")
-    arms = both_arms(schedule, scorer)
-
-    def measure(n):
-        timed = timed_arms(generate, model, random_prompt(model, n), arms, **options)
-        times = take_turns(model, n, timed, new, repeats, 2, progress, "step" in options)
-        row = bench_row(model, n, schedule, times, new)
-        print_bench(row)
-        return row
-    return one_by_one(lengths, measure)
+def answer(args, prompt, model, arms, new, progress):
+    """Both arms answer a support.options.Prompt, then they take turns and are timed -> a dict."""
+    N = len(prompt.ids)
+    tokens = torch.tensor([prompt.ids], device=model.device)
+    pick = processes.agreed(sampler(args.temperature))
+    said = {name: generate(model, tokens, new, *arm, pick=pick) for name, arm in arms.items()}
+    longest = max(len(run.tokens) for run in said.values())
+    row = compare(model, tokens, arms, longest, args.repeats, progress, pick=pick)
+    fixed = protected(torch.arange(N), N, arms["sdtp"][0]).tolist()
+    return show.arms(prompt, said, row, fixed, args.html)
 
 
 def main():
-    from lab.demo import show_arms
-    from lab.scorers import SCORERS, make_scorer
-    args = infer_parser(__doc__, SCORERS).parse_args()
-    check_inference(args)
+    args = options.infer_options(__doc__)
     torch.manual_seed(args.seed)
-    pruning = read_pruning(args)    # what can be refused is refused before weights are read
-    prompt = None if args.bench else encode_prompt(args, pruning)
+    prompt = None if args.bench else options.read_prompt(args, Tokenizer(args.ckpt))
+    split = processes.tensor_parallel() if args.tp else None
+    model, schedule, predictors = load_pruning(args, split)
+    if args.compile:
+        compile_blocks(model.blocks)
+    scorer = processes.agreed(predictor_scorer(predictors))         # with --tp: the first decides
+    arms = {"full": (UNPRUNED, None), "sdtp": (schedule, scorer)}
+    longest = max(args.bench or [len(prompt.ids)])
+    new = options.fitting(args, model.config.max_positions, longest)
+    progress = runs.Progress(quiet=args.quiet)
     if args.bench:
-        longest, default = max(args.bench), 128
+        rows = bench(model, arms, args.bench, new, args.repeats, progress)
+        result = {"bench": show.bench(model, rows, new)}
     else:
-        longest, default = len(prompt.ids), 48
-    new = fitting(pruning.config, longest, args.max_new_tokens, default)
-    model, schedule, predictors, metadata = load_pruning(args, pruning)
-    prior = metadata.get("prior", 0.0)
-    scorer = make_scorer(args.scorer, model, schedule, predictors, args.seed, prior)
-    scorer = agreed(scorer)         # with --tp: the first process decides for all
-    options = compile_model(model, extend) if args.compile else {}
-    options["progress"] = Progress(quiet=args.quiet)
-    if args.bench:
-        rows = bench(model, args.bench, schedule, scorer, new, args.repeats, **options)
-        result = {"bench": rows}
-    else:
-        tokens = torch.tensor([prompt.ids], device=model.device)
-        arms = both_arms(schedule, scorer)
-        if args.h2o is not None:
-            options["cache"] = h2o(args.h2o)
-        pick = agreed(sampler(args.temperature))
-        runs = side_by_side(model, tokens, arms, new, pick=pick, **options)
-        result = show_arms(model, prompt, runs, schedule, args.html)
-    print_json(args, model, {"schedule": asdict(schedule), **result})
-    if args.bench:
-        check_measured(rows, args.bench)
+        result = answer(args, prompt, model, arms, new, progress)
+    options.print_json(args, model, {"schedule": asdict(schedule), **result})
 
 
 if __name__ == "__main__":
-    cli(main)
+    options.cli(main)

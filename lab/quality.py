@@ -16,81 +16,74 @@ between scorers are paired.
 tasks: nll      likelihood of the response of Dolly rows {instruction, context, response}; "share
                 of gap" says where a scorer stands between random pruning (0%) and the full model
                 (100%), "predictor ahead by" how much of it lies between, with the error of rows
-                compared one by one; then the shares once more, by the length of the answer
+                compared one by one
        text     likelihood of the next --max-response tokens after --max-prompt tokens of plain
                 text, rows {text}
        lambada  the last word of {text}: is it the model's own choice?
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
-scorers: full; predictor, prior (the same with its calibrated preference for a position),
-       neighbours (the same, averaged with the scores of the tokens around), random, recent,
-       earliest, norm, attention, attention16, expected (expected attention); oracle:norm_gx and so
-       on (they need the answer: ceilings, no methods); compress (the predictors' scores, but
-       the tokens leave the text before block 1), truncate (so do all but the first tokens). Each
-       may be followed by @S (only the first S stages; the paper's SDTP-low) or @cut (one cut, where
-       the first stage stands, to the same mean number of tokens), and by +h2o or +local (KV caches
-       compressed to --h2o, by heavy hitters and recency or by recency alone, once the prompt is
-       read: an answer's first token still comes from the whole prompt).
+       needle   a sentence that gives a town a number is hidden in plain text, rows {text}: how
+                likely is a digit of the number, by --lengths and --depths, and is all of it the
+                model's own choice?
+scorers: full; predictor, prior:W (the same with a preference of weight W for early tokens; prior
+       alone: 0.5), neighbours (the same, averaged with the scores of the tokens around), random,
+       recent, earliest, norm, attention, attention16, expected (expected attention);
+       oracle:norm_gx and so on (they need the answer: ceilings, no methods); compress (the
+       predictors' scores, but the tokens leave the text before block 1), truncate (so do all but
+       the first tokens). Each may be followed by @S (only the first S stages; the paper's SDTP-low)
+       or @cut (one cut, where the first stage stands, to the same mean number of tokens), and by
+       +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency
+       alone, once the prompt is read: an answer's first token still comes from the whole prompt).
 
 --min-prompt, --max-prompt, --context, --template, --system and --question shape the tasks nll and
-long (text: --max-prompt alone). ROUGE-L needs the package rouge-score.
+long (text: --max-prompt alone). --split validation reads the rows that settings are chosen by; with
+several prior:W it says which weight is best.
 
 Rows already measured are kept in --rows-file: the same command goes on where it was stopped.
 
-Shapes: B = 1 row, N prompt tokens, n tokens of an answer, V vocabulary, S stages.
+Shapes: N prompt tokens, n tokens of a text or an answer, V vocabulary, S stages.
 """
 import copy
 import itertools
-import json
 import math
-import os
 import re
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from infer import generate, greedy
-from lab.schedules import one_cut
-from lab.scorers import SCORERS, TRAINED, make_scorer, oracle_scorer
-from lab.tasks import Answer, Item, f1, lambada_items, long_items, rouge_l, text_items
-from model import KVCache, Llama, Tokenizer, positions
-from prune import UNPRUNED, Schedule, extend, prefill, select
+from infer import generate
+from lab import tasks
+from lab.caches import h2o
+from lab.scorers import SCORERS, TRAINED, make_scorer, one_cut, oracle_scorer
+from model import KVCache, Llama, Tokenizer
+from prune import UNPRUNED, Schedule, extend, load_pruning, prefill, select
 from saliency import REDUCE, saliency
-from support.caches import NO_WINDOW, H2OCache, h2o
-from support.data import digest, parse_row
-from support.files import need
-from support.options import (add_data_arguments, add_json_argument, add_pruning_arguments,
-                             add_quiet_argument, add_tp_argument, at_least, cli, command_parser,
-                             print_json, rows_file, rows_from)
-from support.parallel import agreed, first_number, rank
-from support.progress import Progress
-from support.sampling import finite
-from support.saved import load_pruning, read_pruning
-from support.templates import chosen_template
-from support.timing import clock
+from support import options, runs
+from support.chat import choose_chat
+from support.files import blame, need
+from support.rows import digest, rows_at_hand
+from support.weights import find
 
 # -------------------------------------------------------------------------------------------- arms
 
 ORACLES = tuple(f"oracle:{reduce}" for reduce in REDUCE)
-ARMS = ("full", "compress", "truncate", *SCORERS, *ORACLES)
-UNPRUNED_ARMS = ("full", "compress", "truncate")   # every block reads all that is given to it
-HEAVY = {"+h2o": 0.5, "+local": 0.0}    # the part of a compressed cache that is chosen by weight
+WHOLE = ("full", "compress", "truncate")    # every block reads all that is given to it
+ARMS = (*WHOLE, *SCORERS, *ORACLES)
+NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*)(@[1-9]\d*|@cut)?(\+h2o|\+local)?")
+USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "expected",
+         "truncate", "oracle:norm_gx")
 
 
 class Arm(NamedTuple):
     """What one row of the table is measured with."""
-    scorer: str                     # one of ARMS
+    scorer: str                     # one of ARMS, or prior:W
     stages: int                     # only the first so many
     cache: Callable                 # the kind of cache
     cut: bool = False               # one cut instead of stages
-
-    def schedule(self, schedule, blocks):
-        """What becomes of a schedule under this arm, in a model of so many blocks."""
-        return one_cut(schedule, blocks) if self.cut else replace(schedule, stages=self.stages)
 
 
 def parse_arm(name, stages, share=0.4):
@@ -99,105 +92,18 @@ def parse_arm(name, stages, share=0.4):
     stages: how many the schedule has; share: what a compressed cache keeps. Raises ValueError for
     a name that says nothing.
     """
-    match = re.fullmatch(r"([a-z_0-9:]+?)(?:@(\d+|cut))?(\+h2o|\+local)?", name)
-    need(match and match[1] in ARMS and match[2] != "0",
-         f"unknown scorer {name!r}; there are {', '.join(ARMS)}, each with @STAGES or @cut and "
-         "+h2o or +local after it")
+    match = NAME.fullmatch(name)
+    need(match, f"unknown scorer {name!r}; there are {', '.join(ARMS)}, prior:W, each with @STAGES "
+                "or @cut and +h2o or +local after it")
     scorer, first, compressed = match.groups()
-    cache = h2o(share, HEAVY[compressed]) if compressed else KVCache
-    cut = first == "cut"
+    cut = first == "@cut"
     if first and not cut:
-        stages = min(stages, int(first))
+        stages = min(stages, int(first[1:]))
+    cache = h2o(share, 0.5 * (compressed == "+h2o")) if compressed else KVCache
     return Arm(scorer, stages, cache, cut)
 
 
-def default_arms(task, trained, prior, tp):
-    """The arms that suit a task; trained: whether there are predictors, prior: and a prior.
-
-    Attention is not summed over the heads of other processes, so --tp leaves its scorers out.
-    """
-    rules = [name for name in SCORERS if name not in TRAINED]
-    suit = {"nll": [*rules, *ORACLES],
-            "text": ["random", "recent", "earliest", "norm", "attention", "oracle:norm_gx"],
-            "long": ["compress", "random", "recent"]}
-    names = suit.get(task, ["random", "recent", "attention"])
-    if not trained:
-        names = [name for name in names if name != "compress"]
-    if tp:
-        names = [name for name in names if not name.startswith(("attention", "expected"))]
-    own = ["predictor", "prior"] if prior else ["predictor"]
-    return ["full", *(own if trained else ()), *names]
-
-
 # ----------------------------------------------------------------------------------------- answers
-
-
-def compress(model, tokens, schedule, scorer):
-    """Prompt compression as LLMLingua does it, with our scores: tokens (1, N) -> (1, k).
-
-    Every stage scores the whole prompt in an unpruned pass; the tokens of lowest mean rank leave
-    the text. k is the schedule's mean number of tokens per block.
-    """
-    _, _, trace = prefill(model, tokens, replace(schedule, keep=1.0), scorer)
-    ranks = [stage.score.argsort(1).argsort(1) for stage in trace]
-    return shortened(tokens, sum(ranks).float(), schedule, len(model.blocks))
-
-
-def truncate(tokens, schedule, blocks):
-    """The first tokens and the protected last ones: tokens (1, N) -> (1, k)."""
-    return shortened(tokens, -positions(tokens).float(), schedule, blocks)
-
-
-def shortened(tokens, scores, schedule, blocks):
-    """A prompt (1, N) of its k top-scored tokens, k the schedule's mean number in a block."""
-    N = tokens.shape[1]
-    counts = schedule.counts(N, blocks)
-    k = round(sum(counts) / len(counts))
-    index = select(scores, positions(tokens), k, N, schedule.sink, schedule.local)
-    return tokens.gather(1, index)
-
-
-@torch.no_grad()
-def read_answers(model, tokens, answers, schedule=None, scorer=None, cache=KVCache):
-    """Several answers after one prompt, pruned or not: tokens (1, N).
-
-    -> for each Answer [log-likelihood, tokens that count, whether each is the model's own choice],
-    and the seconds of the prefill. Every answer finds the caches as the prompt left them.
-    """
-    start = clock(model.device)
-    room = max(len(answer.tokens) for answer in answers) - 1        # the last is not read
-    first, caches, _ = prefill(model, tokens, schedule, scorer, room, cache)
-    seconds = clock(model.device) - start
-    held = [cache.n for cache in caches]
-    found = []
-    for answer in answers:
-        # H2O evicts for good
-        own = copy.deepcopy(caches) if isinstance(caches[0], H2OCache) else caches
-        found.append(read_answer(model, answer, first, own, tokens.shape[1]))
-        for cache, n in zip(caches, held):
-            cache.n = n
-    return found, seconds
-
-
-def read_answer(model, answer, first, caches, start):
-    """One answer that stands at positions start, start + 1, ...; first: the prompt's logits (1, V).
-
-    Under H2O it is read token by token, as decode would, else in one pass.
-    """
-    ids = torch.tensor([answer.tokens], device=model.device)        # (1, n)
-    before = ids[:, :-1]
-    step = 1 if isinstance(caches[0], H2OCache) else max(1, before.shape[1])
-    logits = [first[:, None]]                                       # (1, 1, V)
-    for i in range(0, before.shape[1], step):
-        logits.append(extend(model, before[:, i:i + step], start + i, caches))
-    counted = ids[0, answer.start:]
-    log_p = finite(model, torch.cat(logits, 1)[0, answer.start:]).log_softmax(-1)   # (n, V)
-    value = log_p.gather(1, counted[:, None]).sum().item()
-    chosen = bool((log_p.argmax(-1) == counted).all())
-    return [value, len(counted), chosen]
-
-
-# ----------------------------------------------------------------------------------------- measure
 
 
 @dataclass(frozen=True)
@@ -206,153 +112,128 @@ class Setup:
     model: Llama
     schedule: Schedule
     predictors: Optional[nn.ModuleList] = None
-    prior: float = 0.0
     share: float = 0.4              # what +h2o and +local keep of every cache
     new_tokens: int = 0             # generated in every arm; 0: answers are only read
     tokenizer: Optional[Tokenizer] = None       # to say what was generated
-    score: Callable = f1            # (said, right) -> 0 to 1
-
-    def arm(self, name):
-        return parse_arm(name, self.schedule.stages, self.share)
-
-
-def measure(setup, item, names, seed):
-    """One row of data under every arm -> {arm's name: see measure_arm}.
-
-    seed: the row's number, and that of random scores. Odd rows meet the arms from the last to the
-    first: rows are also timed, and so nobody always follows the same arm.
-    """
-    known, found = {}, {}
-    for name in reversed(names) if seed % 2 else names:
-        try:
-            found[name] = measure_arm(setup, item, setup.arm(name), seed, known)
-        except ValueError as e:
-            raise ValueError(f"row {seed + 1}, {name}: {e}") from None
-    return {name: found[name] for name in names}
-
-
-def measure_arm(setup, item, arm, seed, known):
-    """One row under one arm; known: {reduction: saliency}, filled by the first arm that needs it.
-
-    -> {"answers": see read_answers, "keep": mean share of the prompt in a block, "prefill_s"}, and
-    where an answer was generated also "said", "score", "e2e_s".
-    """
-    prompt = torch.tensor([item.prompt], device=setup.model.device)
-    text, used, keep, spent = prepare(setup, arm, prompt, item, seed, known)
-    answers, seconds = read_answers(setup.model, text, item.answers, *used)
-    found = {"answers": answers, "keep": keep, "prefill_s": spent + seconds}
-    if setup.new_tokens:
-        found |= measure_words(setup, item, text, used, spent)
-    return found
+    score: Callable = tasks.f1      # (said, right) -> 0 to 1
 
 
 def prepare(setup, arm, prompt, item, seed, known):
-    """What an arm makes of a prompt (1, N); item, seed, known: of its scorer.
+    """What an arm makes of a prompt (1, N); seed: that of random scores.
 
-    -> the text that is read (1, n); by which schedule, scorer and kind of cache; the mean share of
-    the prompt in a block; the seconds that this took.
+    known: {oracle: saliency} of the Item, filled by the first arm that needs it. -> the text that
+    is read (1, n); by which schedule, scorer and kind of cache; the mean share of the prompt in a
+    block; the seconds that this took.
     """
-    L, N = len(setup.model.blocks), prompt.shape[1]
-    schedule, text, spent = arm.schedule(setup.schedule, L), prompt, 0.0
-    scorer = choose_scorer(setup, item, arm, schedule, seed, known)
-    if arm.scorer == "compress":    # it scores the whole prompt first
-        start = clock(setup.model.device)
-        text = compress(setup.model, prompt, schedule, scorer)
-        spent = clock(setup.model.device) - start
-    elif arm.scorer == "truncate":
-        text = truncate(prompt, schedule, L)
-    if arm.scorer in UNPRUNED_ARMS:
+    model, blocks, N = setup.model, len(setup.model.blocks), prompt.shape[1]
+    start, name = runs.clock(model.device), arm.scorer
+    text, schedule, scorer = prompt, setup.schedule, None
+    if name in ORACLES and name not in known:
+        right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
+        known[name] = saliency(model, right, N, schedule.after(blocks), name.split(":")[1])
+    schedule = one_cut(schedule, blocks) if arm.cut else replace(schedule, stages=arm.stages)
+    if name in ORACLES:
+        scorer = oracle_scorer(known[name])
+    elif name not in ("full", "truncate"):
+        trained = name.replace("compress", "predictor")
+        scorer = make_scorer(trained, model, schedule, setup.predictors, seed)
+    if name in WHOLE:
+        text = prompt if name == "full" else shortened(model, prompt, schedule, scorer)
         schedule, scorer = UNPRUNED, None
-    keep = sum(schedule.counts(text.shape[1], L)) / L / N
-    return text, (schedule, scorer, arm.cache), keep, spent
+    keep = sum(schedule.counts(text.shape[1], blocks)) / blocks / N
+    return text, (schedule, scorer, arm.cache), keep, runs.clock(model.device) - start
 
 
-def choose_scorer(setup, item, arm, schedule, seed, known):
-    """The scorer of an arm, the same on all processes; None for the full model."""
-    if arm.scorer in ("full", "truncate"):
-        return None
-    if arm.scorer in ORACLES:
-        reduce = arm.scorer.removeprefix("oracle:")
-        if reduce not in known:
-            known[reduce] = answer_saliency(setup, item, reduce)
-        return agreed(oracle_scorer(known[reduce]))
-    name = "predictor" if arm.scorer == "compress" else arm.scorer
-    return agreed(make_scorer(name, setup.model, schedule, setup.predictors, seed, setup.prior))
+def shortened(model, tokens, schedule, scorer=None):
+    """The top-scored tokens of a prompt alone: (1, N) -> (1, k), k the schedule's mean in a block.
 
-
-def answer_saliency(setup, item, reduce):
-    """The saliency of the prompt for its right answer, at every stage: (S, 1, N)."""
-    model = setup.model
-    right = item.prompt + item.answers[0].tokens
-    stages = setup.schedule.after(len(model.blocks))
-    tokens = torch.tensor([right], device=model.device)
-    return saliency(model, tokens, len(item.prompt), stages, reduce)
-
-
-def measure_words(setup, item, text, used, spent):
-    """An answer in the model's own words to a prompt text (1, N): what it says, score, times.
-
-    used: schedule, scorer and kind of cache; spent: seconds before the prefill.
+    As LLMLingua compresses it, with our scores: every stage scores the whole prompt in an unpruned
+    pass, and the highest mean ranks stay. Without a scorer it is truncated: the first tokens stay.
     """
-    new, eos = setup.new_tokens, setup.model.config.eos
-    run = generate(setup.model, text, new, *used, pick=agreed(greedy), eos=())
-    tokens = list(itertools.takewhile(lambda token: token not in eos, run.tokens))
-    said = setup.tokenizer.decode(tokens)
-    prefill_s = spent + run.prefill_s
-    return {"said": said,
-            "score": max(setup.score(said, right) for right in item.texts),
-            "prefill_s": prefill_s,
-            "e2e_s": prefill_s + run.decode_s * (new - 1)}
+    N = tokens.shape[1]
+    pos = torch.arange(N, device=tokens.device)[None]
+    ranks = -pos
+    if scorer:
+        _, _, trace = prefill(model, tokens, replace(schedule, keep=1.0), scorer)
+        ranks = sum(stage.scores.argsort(1).argsort(1) for stage in trace)
+    counts = schedule.counts(N, len(model.blocks))
+    return tokens[:, select(ranks, pos, round(sum(counts) / len(counts)), N, schedule)]
 
 
-# ------------------------------------------------------------------------------- rows, one by one
+@torch.no_grad()
+def read_answers(model, tokens, answers, schedule=UNPRUNED, scorer=None, cache=KVCache):
+    """Several answers after one prompt, pruned or not: tokens (1, N).
 
-
-def measure_rows(setup, items, names, log, run, quiet=False):
-    """`measure` for every item -> a list of its dicts; the row's number is the seed.
-
-    Each row is appended to the file `log` at once, and rows found there are not measured again.
-    run: a text that says what they depend on.
+    -> for each Answer [log-likelihood, tokens that count, whether each is the model's own choice],
+    and the seconds of the prefill. An answer is read in one pass, under H2O token by token, as
+    decode would.
     """
-    # of several processes the first keeps the file, and says how many rows it holds
-    done = [] if rank() else stored_rows(log, run)
-    had = first_number(len(done))
-    done = done or [None] * had
-    progress = Progress(len(items), "rows", quiet, first=had)
-    if had < len(items):
-        progress.note("warming up")
-        measure(setup, items[had], names[:2], had)      # a warm-up: rows are also timed
-    path = Path(os.devnull) if rank() else log
-    with path.open("a", encoding="utf-8") as f:
-        for number in range(had, len(items)):
-            done.append(measure(setup, items[number], names, number))
-            f.write(json.dumps({"row": number, **done[-1]}) + "\n")
-            f.flush()
-            progress.step()
-    progress.clear()
-    return done
+    start, N, device = runs.clock(model.device), tokens.shape[1], model.device
+    room = max(len(answer.tokens) for answer in answers) - 1        # the last is not read
+    first, caches, _ = prefill(model, tokens, schedule, scorer, room, cache)
+    seconds, found = runs.clock(device) - start, []
+    step = max(1, room) if cache is KVCache else 1
+    for answer in answers:
+        ids, logits = torch.tensor([answer.tokens], device=device), [first]     # (1, n), (1, V)
+        own = copy.deepcopy(caches)         # each finds the caches as the prompt left them
+        for i, part in enumerate(ids[:, :-1].split(step, dim=1)):
+            logits.append(extend(model, part, N + i, own)[0])
+        log_p = torch.cat(logits)[answer.start:].log_softmax(-1)                # (n, V)
+        right = ids[0, answer.start:]
+        value = log_p.gather(1, right[:, None]).sum().item()
+        need(math.isfinite(value), f"the logits are not finite in {model.dtype}")
+        found.append([value, len(right), bool((log_p.argmax(-1) == right).all())])
+    return found, seconds
 
 
-def stored_rows(log, run):
-    """The rows that the file `log` holds; a new one begins with the line `run`.
+# ----------------------------------------------------------------------------------------- measure
 
-    What a kill left of a last line is cut off. Raises ValueError for a file of another command.
+
+def measure(setup, item, names, number):
+    """One row of data under every arm -> {arm's name: see measure_arm}; number: the row's.
+
+    Odd rows meet the arms from the last to the first: rows are also timed, and no arm should always
+    follow the same other one.
     """
-    if not log.is_file():
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(run + "\n", encoding="utf-8")
-        return []
-    *lines, _ = log.read_text(encoding="utf-8").split("\n")
-    need(lines[:1] == [run], f"{log}: these rows belong to another command; name another file "
-                             "with --rows-file")
-    rows = [parse_row(line.encode(), f"{log}, line {number}", fields=())
-            for number, line in enumerate(lines[1:], start=2)]
-    numbers = [row.pop("row", None) for row in rows]
-    need(numbers == list(range(len(rows))),
-         f"{log}: its rows are not in order; name another file with --rows-file")
-    os.truncate(log, sum(len(line.encode()) + 1 for line in lines))
-    print(f"{len(rows)} rows are in {log} already")
-    return rows
+    known, found = {}, {}
+    for name in reversed(names) if number % 2 else names:
+        with blame(f"row {number + 1}", name):
+            found[name] = measure_arm(setup, item, name, number, known)
+    return found
+
+
+def measure_arm(setup, item, name, seed, known):
+    """One row under one arm; see `prepare`.
+
+    -> {"answers": see read_answers, "keep": mean share of the prompt in a block}, and where an
+    answer was generated also "said", "score", "prefill_s", "e2e_s".
+    """
+    model, new = setup.model, setup.new_tokens
+    arm = parse_arm(name, setup.schedule.stages, setup.share)
+    prompt = torch.tensor([item.prompt], device=model.device)
+    text, used, keep, spent = prepare(setup, arm, prompt, item, seed, known)
+    answers, _ = read_answers(model, text, item.answers, *used)
+    found = {"answers": answers, "keep": keep}
+    if new:
+        run = generate(model, text, new, *used, eos=())     # all arms make as many tokens
+        ids = itertools.takewhile(lambda token: token not in model.config.eos, run.tokens)
+        said = setup.tokenizer.decode(list(ids))
+        found["said"] = said
+        found["score"] = max(setup.score(said, right) for right in item.texts)
+        found["prefill_s"] = spent + run.prefill_s
+        found["e2e_s"] = found["prefill_s"] + run.decode_s * (new - 1)
+    return found
+
+
+def measure_rows(setup, items, names, store, quiet=False):
+    """`measure` for every item, or what the runs.Measured `store` holds of it -> a list of dicts.
+
+    A row's number is the seed of its random scores.
+    """
+    if setup.new_tokens:
+        measure(setup, items[0], names[:2], 0)              # a warm-up: rows are also timed
+    return [store.get([number, item], partial(measure, setup, item, names, number))
+            for number, item in enumerate(runs.counted(items, "rows", quiet))]
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -377,50 +258,22 @@ def mean_of(values):
     return Metric(values, [1.0] * len(values))
 
 
-def metrics(rows, arm, task, score="f1"):
-    """The metrics of one arm: {name: Metric}; score: the name of what Setup.score gives."""
-    first = [row[arm]["answers"][0] for row in rows]
-    nll = Metric([-value for value, _, _ in first], [count for _, count, _ in first])
-    if task == "lambada":
-        return {"acc": mean_of([chosen for _, _, chosen in first]), "nll": nll}
-    if task != "long":
-        return {"nll": nll}
-    found = {score: mean_of([row[arm]["score"] for row in rows]), "nll": nll}
-    return found | (speedups(rows, arm) if "full" in rows[0] else {})
-
-
-def speedups(rows, arm):
-    """Times of the full model over those of an arm."""
-    found = {}
-    for part in ("prefill", "e2e"):
-        full, own = ([row[name][f"{part}_s"] for row in rows] for name in ("full", arm))
-        found[f"{part}_speedup"] = Metric(full, own)
-    return found
-
-
-# ------------------------------------------------------------------------------------------- table
-
-
 def difference(a, b):
     return [x - y for x, y in zip(a, b)]
 
 
-def table(rows, arms, task, score="f1"):
-    """Rows of the result, a dict for each metric and arm, from those of measure_rows."""
-    by_arm = {arm: metrics(rows, arm, task, score) for arm in arms}
-    found = []
-    for name in by_arm[arms[0]]:
-        metric = {arm: by_arm[arm][name] for arm in arms}
-        for arm in arms:
-            value, error = ratio(*metric[arm])
-            keep = sum(row[arm]["keep"] for row in rows) / len(rows)
-            row = {"scorer": arm, "metric": name, "value": value, "stderr": error, "n": len(rows),
-                   "mean_keep": keep}
-            if not name.endswith("speedup"):
-                row |= against_full(metric, arm)
-            if name == "nll":
-                row |= share_of_gap(metric, arm)
-            found.append(row)
+def metrics(rows, arm, task, score="f1"):
+    """The metrics of one arm: {name: Metric}; score: the name of what Setup.score gives."""
+    own = [row[arm] for row in rows]
+    values, counts, chosen = zip(*(one["answers"][0] for one in own))
+    found = {"nll": Metric([-value for value in values], list(counts))}
+    if task in ("lambada", "needle"):
+        found["acc"] = mean_of(chosen)
+    if task == "long":
+        found[score] = mean_of(one["score"] for one in own)
+        for part in ("prefill", "e2e") if "full" in rows[0] else ():    # full's time over the arm's
+            full, times = ([row[name][f"{part}_s"] for row in rows] for name in ("full", arm))
+            found[f"{part}_speedup"] = Metric(full, times)
     return found
 
 
@@ -455,58 +308,33 @@ def share_of_gap(metric, arm):
     return found
 
 
-ANSWERS = (24, 64)              # tokens: the most of a short answer, and of a middling one
+# ------------------------------------------------------------------------------------------ tables
 
 
-def by_answer(rows, arms, task):
-    """Where the arms stand on rows with short, middling and long answers: a list of groups.
-
-    rows and task: as for `table`, which makes each group's rows. For other tasks than nll, without
-    the arms full and random, or with one group alone, there is nothing to tell: [].
-    """
-    if task != "nll" or not {"full", "random"} <= set(arms):
-        return []
-    found, past = [], 0
-    for most in (*ANSWERS, None):
-        these = [row for row in rows if past < answer_length(row) <= (most or math.inf)]
-        if len(these) > 1:
-            found.append({"tokens": [past + 1, most], "n": len(these),
-                          "rows": table(these, arms, task)})
-        past = most
-    return found if len(found) > 1 else []
-
-
-def answer_length(row):
-    """How many tokens of the first answer count, in a row of measure_rows."""
-    return row["full"]["answers"][0][1]
-
-
-def answer_range(group):
-    """The answers of a group of `by_answer`, in words."""
-    low, high = group["tokens"]
-    return f"{low} to {high} tokens" if high else f"{low} tokens or more"
-
-
-def show_answers(groups):
-    """Print the share of the gap by the length of the answer, the arms as they were named."""
-    heads = [f"{answer_range(group)} ({group['n']})" for group in groups]
-    print(f"\n{'share of gap':18}" + "".join(f"{head:>24}" for head in heads))
-    by = [{row["scorer"]: row for row in group["rows"]} for group in groups]
-    for name in by[0]:
-        if all("share_of_gap" in group[name] for group in by):
-            shares = [f"{group[name]['share_of_gap']:.0%} +- {group[name]['share_stderr']:.0%}"
-                      for group in by]
-            print(f"{name:18}" + "".join(f"{share:>24}" for share in shares))
+def table(rows, arms, task, score="f1"):
+    """Rows of the result, a dict for each metric and arm, from those of measure_rows."""
+    by_arm = {arm: metrics(rows, arm, task, score) for arm in arms}
+    found = []
+    for name, arm in itertools.product(by_arm[arms[0]], arms):
+        metric = {other: by_arm[other][name] for other in arms}
+        value, error = ratio(*metric[arm])
+        keep = sum(row[arm]["keep"] for row in rows) / len(rows)
+        row = {"scorer": arm, "metric": name, "value": value, "stderr": error, "n": len(rows),
+               "mean_keep": keep}
+        if not name.endswith("speedup"):
+            row |= against_full(metric, arm)
+        if name == "nll":
+            row |= share_of_gap(metric, arm)
+        found.append(row)
+    return found
 
 
 def show(rows):
     """Print the table: a block for each metric, the best arm first."""
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        these = [row for row in rows if row["metric"] == metric]
-        paired = any("predictor_ahead" in row for row in these)
+    for metric, these in itertools.groupby(rows, lambda row: row["metric"]):
+        these = sorted(these, key=lambda row: row["value"], reverse=metric != "nll")
         print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap"
-              + paired * "       predictor ahead by")
-        these.sort(key=lambda row: row["value"], reverse=metric != "nll")
+              "       predictor ahead by")
         for row in these:
             print(line(row))
 
@@ -524,141 +352,100 @@ def line(row):
     return text
 
 
+def cells(rows, arms, lengths, depths):
+    """Task needle: the probability of a digit, the geometric mean, at every length and depth.
+
+    rows: those of measure_rows. Prints a line for each cell -> a list of dicts, {arm: probability}.
+    """
+    print("\nprobability of a digit\nlength  depth" + "".join(f"{arm:>18}" for arm in arms))
+    found = []
+    for (n, depth), row in zip(itertools.product(lengths, depths), rows):
+        read = {arm: row[arm]["answers"][0] for arm in arms}
+        cell = {arm: math.exp(value / count) for arm, (value, count, _) in read.items()}
+        print(f"{n:6,} {depth:5}%" + "".join(f"{cell[arm]:18.2f}" for arm in arms))
+        found.append({"length": n, "depth": depth, **cell})
+    return found
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
-def options():
-    parser = command_parser(__doc__)
-    add_pruning_arguments(parser)
-    add_data_arguments(parser, limit=100)
-    parser.add_argument("--task", choices=("nll", "text", "lambada", "long"), default="nll",
-                        help="see above")
-    parser.add_argument("--scorers", nargs="+",
-                        help="see above; default: those that suit the task")
+def quality_options():
+    parser = options.command_parser(__doc__)
+    options.add_pruning_options(parser)
+    options.add_data_options(parser, limit=100)
+    parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
+                        default="nll", help="see above")
+    parser.add_argument("--split", choices=("heldout", "validation"), default="heldout",
+                        help="which of Dolly's rows: to measure on, or to choose settings by")
+    parser.add_argument("--scorers", nargs="+", help="see above; default: the usual ones")
     parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE",
                         help="what +h2o and +local keep of every KV cache")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=64,
+    parser.add_argument("--max-new-tokens", type=options.at_least(1), default=64,
                         help="task long: tokens generated in every arm (the text ends at eos)")
     parser.add_argument("--rouge", action="store_true",
                         help="task long: ROUGE-L instead of F1 (for summaries)")
-    parser.add_argument("--rows-file", metavar="FILE", type=rows_file,
-                        help="JSONL of the rows measured so far (default: a file under "
-                        "out/quality/ named after the command)")
-    add_tp_argument(parser)
-    add_quiet_argument(parser)
-    add_json_argument(parser)
-    return parser
+    parser.add_argument("--lengths", type=options.at_least(64), nargs="+", metavar="N",
+                        default=(1024, 2048), help="task needle: tokens of the prompts")
+    parser.add_argument("--depths", type=options.at_least(0), nargs="+", metavar="PERCENT",
+                        default=(0, 25, 50, 75, 100), help="where the needle stands in the text")
+    parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far "
+                        "(default: a file under out/quality/ named after the command)")
+    return parser.parse_args()
 
 
-def check_task(args):
-    """Refuse what the task does not read, before anything is read."""
-    need(args.task == "long" or not args.rouge,
-         f"--task {args.task} generates no text: leave out --rouge")
-    need(args.task == "nll" or args.data, f"--task {args.task} needs --data")
-
-
-def check_lengths(items, limit, new_tokens):
-    """That the model's positions, `limit`, are enough for every Item, before any is measured."""
-    for number, item in enumerate(items, start=1):
-        longest = max(new_tokens, *(len(answer.tokens) for answer in item.answers))
-        read = len(item.prompt) + longest - 1       # the last token is not read
-        need(read <= limit,
-             f"row {number}: a prompt of {len(item.prompt):,} tokens and an answer of {longest:,} "
-             f"are more than this model's {limit:,} positions; choose a smaller --max-prompt, "
-             "--max-response or --max-new-tokens")
-
-
-def read_items(args, tokenizer, metadata):
+def read_items(args, tokenizer, chat):
     """The Items of a task."""
+    limits, data = (args.min_prompt, args.max_prompt, args.max_response), args.data
     if args.task == "nll":
-        return [as_item(e) for e in rows_from(args, tokenizer, "heldout", metadata=metadata)]
+        rows = options.rows_from(args, tokenizer, chat, args.split)
+        return [tasks.as_item(*row) for row in rows]
     if args.task == "text":
-        return text_items(tokenizer, args.data, args.max_prompt, args.max_response, args.limit)
+        return tasks.text_items(tokenizer, data, *limits[1:], args.limit)
+    if args.task == "lambada":
+        return tasks.lambada_items(tokenizer, data, args.limit)
     if args.task == "long":
-        template, system, _ = chosen_template(args, metadata)
-        return long_items(tokenizer, args.data, template, args.min_prompt, args.max_prompt,
-                          args.max_response, args.question, args.limit, system)
-    return lambada_items(tokenizer, args.data, args.limit)
-
-
-def as_item(example):
-    """An Example, whose response is the only answer."""
-    ids, n = example.tokens.tolist(), example.prompt_len
-    return Item(ids[:n], [Answer(ids[n:], 0)])
-
-
-def identity(args, arms, setup, first):
-    """A text that says what a measured row depends on; a larger --limit changes none.
-
-    first: the first Item; it tells one format of a task from another.
-    """
-    model = setup.model
-    given = {name: value for name, value in vars(args).items()
-             if name not in ("rows_file", "json", "limit", "quiet")}
-    depends = [model.blocks[0], model.norm, first]
-    if setup.predictors is not None:
-        depends.append(setup.predictors)
-    if args.data:
-        depends.append(Path(args.data))
-    return json.dumps([given, arms, asdict(setup.schedule), setup.prior, str(model.dtype),
-                       str(model.device), digest(*depends)])
-
-
-def check_window(setup, items, arms):
-    """That no row meets H2O and a sliding window that is too short for it, before any is read."""
-    window = setup.model.config.window
-    if not window or setup.share == 1 or not any("+" in name for name in arms):
-        return
-    for number, item in enumerate(items, start=1):
-        new = max(setup.new_tokens, *(len(answer.tokens) for answer in item.answers))
-        need(len(item.prompt) + new - 1 <= window, f"row {number}: {NO_WINDOW}")
-
-
-def describe(args, setup, lengths):
-    schedule, blocks = setup.schedule, len(setup.model.blocks)
-    after = schedule.after(blocks)
-    dropped = 1 - schedule.share(len(after))
-    print(f"{args.ckpt}, {args.task}: {len(lengths)} rows, prompts of {min(lengths)} to "
-          f"{max(lengths)} tokens, stages after blocks {after}, keep {schedule.keep}: "
-          f"{dropped:.0%} dropped by the last stage", flush=True)
+        return tasks.long_items(tokenizer, data, chat, args.split, *limits, args.question,
+                                args.limit)
+    ids = tasks.running_text(tokenizer, data)
+    return [tasks.needle_item(tokenizer, ids, chat, n, depth, args.question)
+            for n, depth in itertools.product(args.lengths, args.depths)]
 
 
 def main():
-    args = options().parse_args()
-    check_task(args)
-    tokenizer = Tokenizer(args.ckpt)
-    pruning = read_pruning(args)        # what can be refused is refused before weights are read
-    prior = pruning.metadata.get("prior", 0.0)
-    trained = pruning.predictors is not None
-    arms = args.scorers or default_arms(args.task, trained, prior, args.tp)
+    args = quality_options()
+    args.data = args.data or rows_at_hand(args.ckpt)
+    tokenizer, (file, metadata) = Tokenizer(args.ckpt), runs.find_predictors(args)
+    arms = args.scorers or [name for name in USUAL if file or name not in TRAINED]
     for name in arms:
         parse_arm(name, 1, args.h2o)
-    items = read_items(args, tokenizer, pruning.metadata)
+    chat = choose_chat(find(args.ckpt), args.template, args.system, metadata)
+    items = read_items(args, tokenizer, chat)
+    need(items, f"{args.data}: no rows")
+    model, schedule, predictors = load_pruning(args)
+    new = args.max_new_tokens if args.task == "long" else 0
+    score, named = (tasks.rouge_l(), "rouge_l") if args.rouge else (tasks.f1, "f1")
     lengths = [len(item.prompt) for item in items]
-    new_tokens = args.max_new_tokens if args.task == "long" else 0
-    check_lengths(items, pruning.config.max_positions, new_tokens)
-    print(pruning.said(args))
-    model, schedule, predictors, _ = load_pruning(args, pruning)
-    setup = Setup(model, schedule, predictors, prior, args.h2o, new_tokens, tokenizer,
-                  score=rouge_l() if args.rouge else f1)
-    check_window(setup, items, arms)
-    describe(args, setup, lengths)
-    start, run = time.time(), identity(args, arms, setup, items[0])
-    log = Path(args.rows_file or Path("out", "quality", f"{args.task}-{digest(run)}.jsonl"))
-    done = measure_rows(setup, items, arms, log, run, args.quiet)
-    if rank():
-        return
-    rows = table(done[:len(items)], arms, args.task, "rouge_l" if args.rouge else "f1")
+    print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to "
+          f"{max(lengths)} tokens; predictors {file}; template {chat.name} ({chat.why}); stages "
+          f"after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}", flush=True)
+    # before the work, not in the midst of it
+    model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
+                              for item in items))
+    setup = Setup(model, schedule, predictors, args.h2o, new, tokenizer, score)
+    weights = digest(model.blocks[0], model.norm, predictors or "")
+    run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights]
+    store = args.rows_file or Path("out", "quality", f"{digest(run)}.jsonl")
+    done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
+    rows = table(done, arms, args.task, named)
     show(rows)
-    mean = sum(lengths) / len(lengths)
-    told = {"task": args.task, "data": args.data and Path(args.data).name,
-            "seconds": time.time() - start, "schedule": asdict(schedule),
-            "prompt_tokens": [min(lengths), mean, max(lengths)], "rows": rows}
-    if groups := by_answer(done[:len(items)], arms, args.task):
-        show_answers(groups)
-        told["by_answer"] = groups
-    print_json(args, model, told)
+    told = {"task": args.task, "data": Path(args.data).name, "schedule": asdict(schedule),
+            "prompt_tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
+            "rows": rows}
+    if args.task == "needle":
+        told["cells"] = cells(done, arms, args.lengths, args.depths)
+    options.print_json(args, model, told)
 
 
 if __name__ == "__main__":
-    cli(main)
+    options.cli(main)

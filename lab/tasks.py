@@ -1,23 +1,37 @@
 """The data sets that lab/quality.py measures: rows of a JSONL file -> prompts with their answers.
 
-An Item is a prompt with one or more answers, all as token ids. The formats are those of
+An Item is a prompt with an answer or several, all as token ids. The formats are those of Dolly, of
 lm-evaluation-harness for LAMBADA, of LongBench and QMSum for long prompts (Table 1), and plain
-text. At the end: how an answer in the model's own words is scored. (Multiple choice, Table 3:
-lab/harness.py.)
+text; needles are hidden in plain text. (Multiple choice, Table 3: lab/harness.py.)
 
-Shapes: none; token ids are plain lists here, one prompt at a time.
+As a command this file writes the protocol "passages": a question, and k passages of which one,
+anywhere, answers it. No rule about places helps there.
+
+    python -m lab.tasks --data databricks-dolly-15k.jsonl --out out/passages.jsonl
+    python train.py --ckpt smollm2 --data out/passages.jsonl --context --max-prompt 2000
+    python -m lab.quality --ckpt smollm2 --data out/passages.jsonl --context --max-prompt 2000
+
+The passages are contexts of Dolly's rows: a question goes with its own and k - 1 others, in random
+order. The file has rows {instruction, context, response} whose splits are read_rows' own (90%, 5%,
+5%): a split's passages all come from the same split of --data, so none stands in two of them.
+
+    --plain 0.5         half of the training rows have their own passage alone, as in --data: one
+                        file of predictors that serves both
+    --alone passage     the same rows in the same order, the right passage alone: what reading no
+                        distractors is worth
+    --alone question    the question alone: what the model knows without reading
 """
+import json
+import random
 import re
 import string
 from collections import Counter
 from os.path import commonprefix
 from typing import NamedTuple
 
-from support.data import encode_row, read_rows, tell_losses
-from support.files import blame, need
-from support.templates import prompt_text
-
-SUMMARISE = "Summarise the following text in a few sentences."
+from support import options
+from support.files import blame, need, writable
+from support.rows import digest, encode_row, read_rows, tell_losses
 
 
 class Answer(NamedTuple):
@@ -31,7 +45,16 @@ class Item(NamedTuple):
     texts: tuple = ()               # reference answers, for F1 and ROUGE-L
 
 
-# ----------------------------------------------------------------------------------------- LAMBADA
+def as_item(tokens, prompt_len, texts=(), start=0):
+    """Token ids, of which the first prompt_len are the prompt, the others its only answer.
+
+    start: the first token of the answer that counts.
+    """
+    ids = [int(token) for token in tokens]
+    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts))
+
+
+# --------------------------------------------------------------------------- LAMBADA and plain text
 
 
 def lambada_items(tokenizer, path, limit):
@@ -41,17 +64,12 @@ def lambada_items(tokenizer, path, limit):
     """
     items = []
     for number, row in enumerate(read_rows(path, fields=("text",))[:limit], start=1):
-        text = row["text"]
-        context = text.rsplit(maxsplit=1)[0] if len(text.split()) > 1 else ""
-        need(context, f"{path}, row {number}: not two words")
-        whole = tokenizer.encode(text)
-        prompt = commonprefix([tokenizer.encode(context), whole])       # of any lists
-        items.append(Item(prompt, [Answer(whole[len(prompt):], 0)]))
-    need(items, f"{path}: no rows")
+        parts = row["text"].rsplit(maxsplit=1)
+        need(len(parts) == 2, f"{path}, row {number}: not two words")
+        whole = tokenizer.encode(row["text"])
+        prompt = commonprefix([tokenizer.encode(parts[0]), whole])      # of any lists
+        items.append(as_item(whole, len(prompt)))
     return items
-
-
-# -------------------------------------------------------------------------------------- plain text
 
 
 def text_items(tokenizer, path, prompt_len, response_len, limit):
@@ -60,64 +78,38 @@ def text_items(tokenizer, path, prompt_len, response_len, limit):
     Each has prompt_len tokens to read and the next response_len to predict.
     """
     begin = tokenizer.encode("")    # a begin-of-text token, where the model has one
-    prompt_len -= len(begin)
-    size = prompt_len + response_len
+    size = prompt_len - len(begin) + response_len
+    ids = running_text(tokenizer, path, "\n")
+    starts = range(0, len(ids) - size + 1, size)
+    need(starts, f"{path}: its text has {len(ids)} tokens, one window needs {size}, at least")
+    return [as_item(begin + ids[i:i + size], prompt_len) for i in starts[:limit]]
+
+
+def running_text(tokenizer, path, stripped=None):
+    """Token ids of all rows {text}, a line each; stripped: see str.strip."""
     ids = []
     for row in read_rows(path, fields=("text",)):
-        text = row["text"]
-        ids += tokenizer.encode(text if text.endswith("\n") else text + "\n", bos=False)
-        if len(ids) >= limit * size:
-            break
-    starts = range(0, len(ids) - size + 1, size)[:limit]
-    need(starts, f"{path}: its text has {len(ids)} tokens, one window needs {size}, at least")
-    items = []
-    for start in starts:
-        middle = start + prompt_len
-        answer = Answer(ids[middle:start + size], 0)
-        items.append(Item(begin + ids[start:middle], [answer]))
-    return items
+        ids += tokenizer.encode(row["text"].strip(stripped) + "\n", bos=False)
+    return ids
 
 
 # ------------------------------------------------------------------------------------ long prompts
 
 
-def read_long(path):
-    """Rows {context, input, answers} of a file in LongBench's, QMSum's or Dolly's format."""
+def read_long(path, split):
+    """Rows in LongBench's, QMSum's or Dolly's format -> [(question, context, answers)]."""
     rows = read_rows(path, fields=())
-    need(rows, f"{path}: no rows")
-    if "response" in rows[0]:       # Dolly
-        return [{"input": row["instruction"], "context": row["context"],
-                 "answers": [row["response"]]}
-                for row in read_rows(path, "heldout") if row.get("context")]
-    if "queries" in rows[0]:
-        with blame(path, "not every row has a transcript and queries"):
-            return ask_in_turn(rows)
-    return rows
-
-
-def ask_in_turn(meetings):
-    """Rows of QMSum: the first question on every meeting, then the second, and so on.
-
-    So a small limit meets many meetings.
-    """
-    found = []
-    for i in range(max(len(meeting["queries"]) for meeting in meetings)):
-        for meeting in meetings:
-            if i < len(meeting["queries"]):
-                query = meeting["queries"][i]
-                found.append({"input": query["query"], "context": meeting["transcript"],
-                              "answers": [query["answer"]]})
-    return found
-
-
-def is_long(row):
-    """Whether a row has text in context and input, and a list of answers."""
-    context, question, answers = row.get("context"), row.get("input"), row.get("answers")
-    if not isinstance(context, str) or not isinstance(question, str):
-        return False
-    if not isinstance(answers, list) or not answers:
-        return False
-    return all(isinstance(answer, str) and answer for answer in answers)
+    with blame(path, "expected rows as LongBench, QMSum or Dolly have them"):
+        if "response" in rows[0]:
+            return [(row["instruction"], row["context"], [row["response"]])
+                    for row in read_rows(path, split) if row.get("context")]
+        if "queries" not in rows[0]:
+            return [(row["input"], row["context"], row["answers"]) for row in rows]
+        asked = [(turn, query["query"], meeting["transcript"], [query["answer"]])
+                 for meeting in rows for turn, query in enumerate(meeting["queries"])]
+        # the first question on every meeting, then the second: a small limit meets many meetings
+        asked.sort(key=lambda row: row[0])
+        return [row[1:] for row in asked]
 
 
 def shorten(tokenizer, text, room):
@@ -129,40 +121,73 @@ def shorten(tokenizer, text, room):
     return tokenizer.decode(ids[:half]) + "\n...\n" + tokenizer.decode(ids[-half:])
 
 
-def long_items(tokenizer, path, template="plain", min_prompt=1, max_prompt=2048, max_response=96,
-               question="first", limit=None, system=None):
+def long_items(tokenizer, path, chat, split="heldout", min_prompt=1, max_prompt=2048,
+               max_response=96, question="first", limit=None):
     """Question answering and summaries over long contexts -> at most `limit` Items.
 
     Contexts are shortened to prompts of max_prompt tokens; shorter prompts than min_prompt are
     left out. The answer whose likelihood counts is the first, cut to max_response tokens. One line
-    says how many rows are left out, shortened or cut.
+    says how many rows are left out or shortened.
     """
-    found, lost, cuts = [], Counter(), Counter()
-    for number, row in enumerate(read_long(path), start=1):
-        where = f"{path}, row {number}"
-        need(is_long(row), f"{where}: expected text in context and input, and a list of answers")
-        text = {"instruction": row["input"] or SUMMARISE, "response": row["answers"][0]}
-        bare = tokenizer.encode(prompt_text(text, template, system=system))
-        room = max_prompt - len(bare) - 16      # where parts meet, some tokens may come in
-        need(room > 1, f"{where}: the question alone is longer than --max-prompt")
-        context = row["context"].replace("NEWLINE_CHAR", "\n")
-        text["context"] = shorten(tokenizer, context, room)
-        example = encode_row(tokenizer, text, template, None, question, system)
-        prompt = example.tokens[:example.prompt_len].tolist()
-        response = example.tokens[example.prompt_len:].tolist()
-        if len(prompt) < min_prompt or not response:
-            short = f"shorter than --min-prompt {min_prompt}"
-            lost[short if response else "without an answer"] += 1
+    found, lost, cut = [], Counter(), 0
+    for number, (asked, context, answers) in enumerate(read_long(path, split), start=1):
+        with blame(f"{path}, row {number}", "not a question, a context and a list of answers"):
+            row = {"instruction": asked or "Summarise the following text in a few sentences.",
+                   "response": answers[0]}
+            bare = encode_row(tokenizer, row, chat)
+            room = max_prompt - bare.prompt_len - 16    # where parts meet, some tokens may come in
+            need(room > 1, "the question alone is longer than --max-prompt")
+            context = context.replace("NEWLINE_CHAR", "\n")
+            row["context"] = shorten(tokenizer, context, room)
+            example = encode_row(tokenizer, row, chat, max_response, question)
+        if example.prompt_len < min_prompt:
+            lost[f"shorter than --min-prompt {min_prompt}"] += 1
             continue
-        cuts["contexts shortened"] += text["context"] != context
-        cuts[f"answers read to {max_response} tokens"] += len(response) > max_response
-        answer = Answer(response[:max_response], 0)
-        found.append(Item(prompt, [answer], tuple(row["answers"])))
+        cut += row["context"] != context
+        found.append(as_item(*example, answers))
         if len(found) == limit:
             break
     need(found, f"{path}: no row with a prompt of at least {min_prompt} tokens")
-    tell_losses(path, f"{len(found)} rows", lost, cuts)
+    tell_losses(path, f"{len(found)} rows", lost, {"contexts shortened": cut})
     return found
+
+
+# ----------------------------------------------------------------------------------------- needles
+
+TOWNS = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Vienna", "Dakar", "Lima")
+
+
+def needle_item(tokenizer, ids, chat, n, depth, question="first"):
+    """A sentence that gives a town a number is hidden in plain text; the number is asked for.
+
+    ids: those of the text; n: about how many tokens the prompt has; depth: where the needle stands
+    in the text, percent. The answer counts from the number on.
+    """
+    draw = random.Random(f"0 {n} {depth} 0")
+    town, secret = draw.choice(TOWNS), draw.randrange(10000, 100000)
+    fact = f"The secret number of {town} is"
+    row = {"instruction": f"What is the secret number of {town}? Answer in one sentence.",
+           "context": f"{fact} {secret}.", "response": f"{fact} {secret}"}
+    room = n - encode_row(tokenizer, row, chat).prompt_len
+    need(0 < room < len(ids), f"a needle's prompt of {n:,} tokens: the text has {len(ids):,}, "
+                              f"question and needle take {n - room}")
+    start = draw.randrange(len(ids) - room)
+    text = tokenizer.decode(ids[start:start + room])
+    row["context"] = hidden(text, depth, row["context"])
+    answer, lead = (tokenizer.encode(each, bos=False) for each in (row["response"], fact))
+    example = encode_row(tokenizer, row, chat, None, question)
+    return as_item(*example, start=len(commonprefix([answer, lead])))
+
+
+def hidden(text, depth, sentence):
+    """A text with a sentence put in, at the end of the sentence nearest before `depth` percent."""
+    cut = len(text)
+    if depth < 100:
+        end = text.rfind(". ", 0, round(cut * depth / 100))
+        cut = end + 2 if end >= 0 else 0
+    before, after = text[:cut], text[cut:]
+    space = before[-1:].strip() and " "
+    return f"{before}{space}{sentence} {after}".rstrip()
 
 
 # ------------------------------------------------------------------------- the model's own words
@@ -190,10 +215,101 @@ def rouge_l():
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        wanted = "ROUGE-L needs the optional package rouge-score: pip install rouge-score"
-        raise ImportError(wanted) from None
+        raise ImportError("ROUGE-L needs the package: pip install rouge-score") from None
     measure = RougeScorer(["rougeL"], use_stemmer=False)
+    return lambda said, right: measure.score(right, said)["rougeL"].fmeasure
 
-    def score(said, right):
-        return measure.score(target=right, prediction=said)["rougeL"].fmeasure
-    return score
+
+# ---------------------------------------------------------------------------------------- passages
+
+ANSWERED = ("closed_qa", "information_extraction")      # not summaries: they ask for no passage
+# A question that only points at its text says nothing once there are several.
+POINTING = re.compile(r"\b(passage|paragraph|text|article|reference|above|below|following|given|"
+                      r"provided|context|summar\w+|sentences?)\b", re.IGNORECASE)
+
+
+def asks(row):
+    """Whether a row's question can find its passage, of 300 to 2,000 characters, among others."""
+    return (300 <= len(row.get("context") or "") <= 2000
+            and row.get("category", ANSWERED[0]) in ANSWERED
+            and not POINTING.search(row["instruction"]))
+
+
+def shared(question, passage):
+    """How many words of a question, of four letters or more, stand in a passage."""
+    first, second = (set(re.findall(r"\w{4,}", text.lower())) for text in (question, passage))
+    return len(first & second)
+
+
+def gather(row, pool, k, draw):
+    """A row -> its passages, k in random order, or None where none are found that suit it.
+
+    pool: texts to draw from. The right one shares more words with the question than any other;
+    all together have 2,000 to 7,500 characters, some 500 to 1,900 tokens.
+    """
+    question, own = row["instruction"], row["context"].strip()
+    for _ in range(100):
+        texts = [own, *draw.sample(pool, k - 1)]
+        if 2000 <= sum(map(len, texts)) <= 7500:
+            right, *others = (shared(question, text) for text in texts)
+            if right > max(others):
+                draw.shuffle(texts)
+                return texts
+    return None
+
+
+def passages(path, split, k):
+    """The rows of one split of a Dolly file -> rows with k passages.
+
+    Each also has its own passage, and its place among the k, from 1.
+    """
+    rows = [row for row in read_rows(path, split) if asks(row)]
+    pool = sorted({row["context"].strip() for row in rows})
+    need(len(pool) >= k, f"{path}: too few passages in its {split} rows")
+    found = []
+    for number, row in enumerate(rows):
+        texts = gather(row, pool, k, random.Random(f"0 {split} {number}"))
+        if texts:
+            own = row["context"].strip()
+            context = "\n\n".join(f"Passage {i}: {text}" for i, text in enumerate(texts, start=1))
+            found.append({"instruction": row["instruction"], "context": context,
+                          "response": row["response"], "passage": own,
+                          "place": 1 + texts.index(own)})
+    return found
+
+
+def alone(row, part):
+    """A row of `passages` with nothing but its own passage, or nothing but its question."""
+    return row | {"context": row["passage"] if part == "passage" else ""}
+
+
+def main():
+    parser = options.command_parser(__doc__)
+    parser.add_argument("--data", required=True, help="databricks-dolly-15k as JSONL")
+    parser.add_argument("--out", required=True, type=writable, help="JSONL to write")
+    parser.add_argument("--passages", type=options.at_least(2), default=4, metavar="K",
+                        help="passages in a prompt")
+    parser.add_argument("--plain", type=float, default=0.0, metavar="SHARE",
+                        help="of the training rows, with their own passage alone")
+    parser.add_argument("--alone", choices=("passage", "question"),
+                        help="all rows with nothing but this")
+    args = parser.parse_args()
+    train, *others = (passages(args.data, split, args.passages)
+                      for split in ("train", "heldout", "validation"))
+    m = min(len(train) // 18, *map(len, others))    # as read_rows will find them again: 18 : 1 : 1
+    need(m, f"{args.data}: too few rows for three splits")
+    rows = train[:18 * m]
+    for i, row in enumerate(rows):
+        if int((i + 1) * args.plain) > int(i * args.plain):     # evenly spread
+            rows[i] = alone(row, "passage")
+    rows += [row for split in others for row in split[:m]]
+    if args.alone:
+        rows = [alone(row, args.alone) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    args.out.write_text("".join(lines), encoding="utf-8")
+    print(f"{args.out}: {18 * m} rows to train on, {m} held out, {m} to choose by; "
+          f"{args.passages} passages each, rows {digest(rows)}")
+
+
+if __name__ == "__main__":
+    options.cli(main)

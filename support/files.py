@@ -1,6 +1,6 @@
-"""Reading and writing files so that nothing is lost and every fault has one clear line.
+"""Files are read with one clear line for every fault, and written so that nothing is lost.
 
-Nothing here knows the paper or the model: JSON in, safetensors in and out.
+Nothing here knows the paper or the model.
 """
 import contextlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def need(condition, message):
-    """Bad input ends in one line that names the file and the fault."""
+    """Bad input ends in one line that names the file and the fault: a ValueError."""
     if not condition:
         raise ValueError(message)
 
@@ -31,29 +31,39 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as e:  # also bytes that are not UTF-8
+    except (ValueError, RecursionError) as e:           # also bytes that are not UTF-8
         raise ValueError(f"{path}: not valid JSON ({e})") from None
 
 
-def load_tensors(path):
-    """Read a safetensors file -> (tensors, metadata)."""
+def read_object(path):
+    """The JSON object that a file holds; {} where there is no file."""
+    raw = read_json(path) if Path(path).is_file() else {}
+    need(isinstance(raw, dict), f"{path}: expected a JSON object")
+    return raw
+
+
+@contextlib.contextmanager
+def open_tensors(path, device="cpu"):
+    """An open safetensors file; damage that shows while it is read is the file's."""
     from safetensors import SafetensorError, safe_open
     need(Path(path).is_file(), f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path}: damaged or truncated safetensors file ({e})") from None
 
 
 def load_metadata(path):
-    """The metadata of a safetensors file, a dict; its tensors are not read."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: damaged or truncated safetensors file ({e})") from None
+    """The metadata of a safetensors file, a dict of texts; its tensors are not read."""
+    with open_tensors(path) as file:
+        return file.metadata() or {}
+
+
+def load_tensors(path):
+    """Read a safetensors file -> (tensors, metadata)."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def save_tensors(path, tensors, metadata):
@@ -66,12 +76,12 @@ def save_tensors(path, tensors, metadata):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
     try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:            # a full disk, say: the reason alone would not name the file
         raise OSError(f"{path}: not written ({e})") from None
@@ -79,29 +89,15 @@ def save_tensors(path, tensors, metadata):
         temporary.unlink(missing_ok=True)
 
 
-def writable(path, make_folder=False):
-    """That a file can be written is known before the work begins; what it holds stays."""
+def writable(path):
+    """Check before the work starts that a file can be written; its contents are not touched."""
     path = Path(path)
     try:
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() or path.is_dir():
             path.open("ab").close()
         elif not path.exists():     # else /dev/null or the like
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as e:
-        raise OSError(f"{path}: cannot be written ({e.strerror}); name another file, in a folder "
-                      "that is there") from None
-
-
-def output(path, name):
-    """Where to write: `path` itself if it has the suffix of `name`, else `name` in that folder.
-
-    The folder is made, and that it can be written to is known before the work begins.
-    """
-    path = Path(path)
-    if path.suffix != Path(name).suffix:
-        path = path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+        raise OSError(f"{path}: cannot be written ({e.strerror})") from None
     return path

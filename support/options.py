@@ -1,66 +1,60 @@
-"""What all commands share: options, one-line errors, a clean end, and where a number comes from."""
+"""The command lines of all commands: options, one-line errors, and where a number comes from.
+
+Each command's options are read, and what cannot work is refused, before any weights are read.
+"""
 import argparse
 import contextlib
 import importlib.util
 import json
 import os
 import platform
-import signal
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
 import torch
 
-from support.checkpoint import DTYPES, find, read_config
-from support.data import encode_row, examples
-from support.files import need, writable
-from support.places import ROOT, rows_at_hand
-from support.progress import clear_line, speaks
-from support.templates import TEMPLATES, chosen_template
+from support.chat import chat_notes, choose_chat, render
+from support.config import SHAPES
+from support.files import blame, need, writable
+from support.processes import alone, rank
+from support.rows import encode_row, examples, prompt_text, read_rows, rows_at_hand
+from support.runs import find_predictors
+from support.weights import DTYPES, ROOT, describe, find
 
-# ------------------------------------------------------------------------------------------ parsing
+DEMO = ROOT / "support" / "demo.jsonl"      # a page of ours and a question about it
+
+
+# ------------------------------------------------------------------------------------- the parts
 
 
 def command_parser(doc):
     """A parser whose --help begins with a module's docstring, as it is laid out there."""
-    return argparse.ArgumentParser(description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
+    parser.add_argument("--json", action="store_true", help="print all that was measured as one "
+                        "JSON object and nothing else; the text goes to stderr")
+    return parser
 
 
 def at_least(minimum):
     """For argparse: a whole number not below the minimum."""
     def whole(text):
-        digits = text.removeprefix("-")
-        if not digits.isdigit() or len(text) > 12 or int(text) < minimum:
+        if not text.isdigit() or int(text) < minimum:
             raise argparse.ArgumentTypeError(
                 f"expected a whole number, at least {minimum}, not {text!r}")
         return int(text)
     return whole
 
 
-PICTURES = ("", ".png", ".pdf", ".svg", ".jpg")
-
-
 def picture_file(text):
     """For argparse: where a picture goes; that it can be drawn is known before the work begins."""
     if not importlib.util.find_spec("matplotlib"):
         raise ImportError("pictures need the optional package matplotlib: pip install matplotlib")
-    if Path(text).suffix.lower() not in PICTURES:
-        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
-    return output_file(text)
-
-
-def output_file(text):
-    """For argparse: a file that will be written; that it can be is known before the work begins."""
-    writable(text)
-    return text
-
-
-def rows_file(text):
-    """The same; its folder is made."""
-    writable(text, make_folder=True)
-    return text
+    return writable(text)
 
 
 SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
@@ -73,7 +67,7 @@ SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
 }
 
 
-def add_schedule_arguments(parser):
+def add_schedule_options(parser):
     """The options of a prune.Schedule."""
     for name, (kind, meaning, paper) in SCHEDULE_HELP.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (paper, 32 blocks: {paper})")
@@ -85,19 +79,28 @@ def schedule_options(args):
     return {name: value for name, value in given.items() if value is not None}
 
 
-def add_template_arguments(parser):
-    """The options that say what stands around a user's text; support.data.chosen_template."""
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template (default: "
-                        "the predictors', where they are used, else the checkpoint's)")
-    parser.add_argument("--system", metavar="TEXT", help="the prompt's system text (default: the "
-                        "template's own; \"\": none)")
+def add_model_options(parser):
+    """Which model, where."""
+    parser.add_argument("--ckpt", default="toy", help="checkpoint directory, as given or under "
+                        "checkpoints/")
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES),
+                        help="default: bfloat16 on cuda, else float32")
 
 
-def add_data_arguments(parser, limit, max_response=96):
-    """The options by which every command chooses its rows; the two are defaults, None for none."""
+def add_chat_options(parser):
+    """What stands around a user's text; see support.chat.choose_chat."""
+    parser.add_argument("--template", metavar="NAME", help="prompt template: own (the "
+                        "checkpoint's), plain, chatml or a .jinja file (default: the predictors', "
+                        "where they are used, else the checkpoint's own)")
+    parser.add_argument("--system", metavar="TEXT", help="the prompt's system text")
+
+
+def add_data_options(parser, limit, max_response=96):
+    """Which rows; the two are defaults, None for none."""
     parser.add_argument("--data", help="JSONL with instruction, context, response (default: the "
                         "toy's own rows; databricks-dolly-15k.jsonl where it lies)")
-    add_template_arguments(parser)
+    add_chat_options(parser)
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
     parser.add_argument("--question", choices=("first", "last"), default="first",
                         help="where the instruction stands: before or after the context")
@@ -111,84 +114,263 @@ def add_data_arguments(parser, limit, max_response=96):
     parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
 
 
-def add_pruning_arguments(parser, scorers=()):
-    """The options that say which model prunes by what; support.saved.load_pruning reads them.
-
-    scorers: the names that --scorer may have, where a command takes one.
-    """
-    if scorers:
-        parser.add_argument("--scorer", choices=scorers, default="predictor",
-                            help="what ranks the tokens")
-    parser.add_argument("--ckpt", default="toy",
-                        help="checkpoint directory, as given or under checkpoints/, or random:NAME")
+def add_pruning_options(parser):
+    """Which model prunes by what; prune.load_pruning reads them."""
+    add_model_options(parser)
     parser.add_argument("--predictors", help="predictors, a file or its folder (default: those "
                         "trained here, out/NAME, else those in the checkpoint directory)")
-    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda if there)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES),
-                        help="default: bfloat16 on cuda, else float32")
-    add_schedule_arguments(parser)
+    add_schedule_options(parser)
 
 
-def add_tp_argument(parser):
+# ---------------------------------------------------------------------------------- the commands
+
+
+def saliency_options(doc, reductions):
+    parser = command_parser(doc)
+    add_model_options(parser)
+    add_data_options(parser, limit=20)
+    parser.add_argument("--figure", type=int, choices=(1, 2), default=1,
+                        help="1: heat map of one row; 2: sparsity per block over rows")
+    parser.add_argument("--reduce", choices=reductions, default="norm_gx",
+                        help="how the gradient becomes one number per token")
+    parser.add_argument("--row", type=at_least(0), default=0,
+                        help="Figure 1: which of the held-out rows")
+    parser.add_argument("--prompt", help="Figure 1: this prompt instead of a row (with --response)")
+    parser.add_argument("--response",
+                        help="Figure 1: the answer whose log-likelihood is traced back")
+    parser.add_argument("--png", type=picture_file,
+                        help="write the figure here (needs matplotlib)")
+    return parser.parse_args()
+
+
+def prune_options(doc):
+    parser = command_parser(doc)
+    parser.add_argument("--shape", default="mistral-7b",
+                        help=f"{', '.join(SHAPES)}, or a checkpoint directory (its config.json)")
+    parser.add_argument("--lengths", dest="sizes", type=at_least(1), nargs="+", metavar="N",
+                        help="prompt lengths",
+                        default=[4096, 8192, 16384, 32768, 65536, 131072])
+    add_schedule_options(parser)
+    return parser.parse_args()
+
+
+RECIPE = {      # the fields of a train.Recipe: type or choices, meaning
+    "cls": (float, "weight of the pruned model's cross entropy, Eq. 7"),
+    "mse": (float, "weight of the MSE to the saliency, Eq. 4"),
+    "rank": (float, "weight of the ranking loss, Eq. 5 and 6"),
+    "distill": (float, "weight of the KL divergence from the unpruned model"),
+    "reduce": (("norm_gx", "norm_g", "abs_dot"), "how the gradient becomes one number per token"),
+    "mask": (("gumbel", "topk"), "gumbel: sample each token (paper; nothing then ties the number "
+             "kept to the schedule); topk: keep the scheduled count, as inference does"),
+    "tau": (float, "temperature of the Gumbel-Softmax"),
+    "pairs": (("equal", "saliency"), "beyond the paper: saliency weighs each pair of the ranking "
+              "loss by how far its saliencies lie apart"),
+    "states": (("pruned", "marked"), "what the predictors read for MSE and ranking: the states of "
+               "the pruning pass (paper) or of the marking pass; with marked and neither --cls "
+               "nor --distill there is no pruning pass, which is twice as fast"),
+    "near": (bool, "beyond the paper: the predictors also read the mean state around a token (with "
+             "--states marked)"),
+    "around": (float, "beyond the paper: share of a token's saliency that is the mean of the 65 "
+               "tokens around it"),
+    "lr": (float, "peak learning rate of AdamW"),
+    "warmup": (float, "share of the steps with a rising rate; a cosine follows"),
+    "accum": (at_least(1), "rows whose gradients are added up in a step"),
+    "seed": (at_least(0), "of the predictors' first weights, the rows' order and the noise"),
+}
+
+
+def train_options(doc, defaults):
+    """defaults: {field of train.Recipe: value}."""
+    parser = command_parser(doc)
+    add_model_options(parser)
+    add_data_options(parser, limit=None, max_response=None)
+    for name, (kind, meaning) in RECIPE.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+            continue
+        kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(f"--{name}", default=defaults[name], help=meaning, **kind)
+    parser.add_argument("--epochs", type=at_least(1),
+                        help="passes over the rows (default: 2, the paper's; toy: 1)")
+    parser.add_argument("--steps", type=at_least(1), help="optimiser steps, instead of --epochs")
+    parser.add_argument("--hold", action="store_true", help="keep every row's marking pass in "
+                        "memory (S x P values a row, with --states marked S x P x D)")
+    parser.add_argument("--out", help="where predictors.safetensors goes (default: out/NAME/, "
+                        "where the other commands look first)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true",
+                       help="go on from the state beside --out (from the start if there is none)")
+    again.add_argument("--restart", action="store_true",
+                       help="begin anew, though a run that was stopped left its state there")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
+    parser.add_argument("--report-every", type=at_least(1), default=50,
+                        help="steps between held-out reports")
+    parser.add_argument("--report-rows", type=at_least(0), default=8,
+                        help="held-out rows in a report (0: none)")
+    parser.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen "
+                        "blocks over the devices (FSDP2), for a backbone too large for one")
+    parser.add_argument("--png", type=picture_file, help="draw the training curve")
+    add_schedule_options(parser)
+    args = parser.parse_args()
+    check_training(args, int(os.environ.get("WORLD_SIZE", 1)))
+    return args
+
+
+def check_training(args, processes):
+    """Refuse what can only do harm, or nothing, before anything is read."""
+    weights = args.cls, args.mse, args.rank, args.distill
+    need(any(weights) and min(weights) >= 0, "weights of losses are not negative, one at least is "
+                                             "positive")
+    need(0 < args.lr < 10 and args.tau > 0 and 0 <= args.warmup < 1 and 0 <= args.around <= 1,
+         "--lr and --tau are positive, --warmup and --around shares")
+    need(not (args.steps and args.epochs), "--steps and --epochs each say how long to train: "
+                                           "leave out one")
+    need(not (args.hold and args.shard), "--shard gathers blocks in step on all processes, so "
+                                         "none may pass over a row: leave out --hold")
+    need(processes > 1 or not args.shard, "--shard needs several processes: put torchrun "
+                                          "--nproc-per-node N before the command")
+    need(args.accum % processes == 0,
+         f"--accum {args.accum} rows a step do not divide among {processes} processes")
+
+
+def recipe_options(args, n_rows):
+    """The fields of a train.Recipe for so many rows, a dict."""
+    own = args.ckpt == "toy" and not args.data      # once is enough
+    epochs = args.epochs or (1 if own else 2)
+    steps = args.steps or max(1, epochs * n_rows // args.accum)
+    return {name: getattr(args, name) for name in RECIPE} | {"steps": steps}
+
+
+def infer_options(doc):
+    parser = command_parser(doc)
+    add_pruning_options(parser)
+    parser.add_argument("--prompt", help="the user's text (default: with the toy one of its rows, "
+                        "else a page of ours and a question about it)")
+    parser.add_argument("--prompt-file", help="the user's text, from a file; - reads stdin")
+    parser.add_argument("--data", help="take the prompt from a row of this JSONL")
+    parser.add_argument("--row", type=at_least(0), default=0,
+                        help="which held-out row of --data")
+    add_chat_options(parser)
+    parser.add_argument("--max-new-tokens", type=at_least(1),
+                        help="default: 48, with --bench 128, or as many as fit")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--html", metavar="FILE", type=writable,
+                        help="write the survivors as a self-contained page")
+    parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N",
+                        help="print Table 2's rows for these prompt lengths")
+    parser.add_argument("--repeats", type=at_least(1), default=5,
+                        help="timed runs of each arm")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's "
                         "heads and SwiGLU among the processes (tensor parallel)")
+    args = parser.parse_args()
+    need(args.bench or not args.ckpt.startswith("random:"),
+         "random weights have nothing to say: use --bench")
+    need(not (args.bench and (args.temperature or args.html)),
+         "--bench reads random tokens greedily: leave out --temperature and --html")
+    check_tp(args)
+    check_predictors(args)
+    return args
 
 
-class JsonAlone(argparse.Action):
-    """--json: from here on print() writes to stderr; args.json is the stream of the one object."""
-
-    def __call__(self, parser, args, values, option_string=None):
-        args.json = args.json or sys.stdout
-        sys.stdout = sys.stderr
+def check_tp(args):
+    """Tensor parallel needs several processes, and they need it."""
+    need(alone() != args.tp, "--tp and torchrun --nproc-per-node N belong together: neither is of "
+                             "use without the other")
 
 
-def add_json_argument(parser):
-    parser.add_argument("--json", action=JsonAlone, nargs=0, default=None, help="print all that "
-                        "was measured as one JSON object and nothing else; the text goes to stderr")
+def check_predictors(args):
+    """Refuse a checkpoint that nothing was trained for."""
+    need(args.ckpt.startswith("random:") or find_predictors(args)[0],
+         f"{args.ckpt} has no predictors yet: `python train.py --ckpt {args.ckpt}` trains them (or "
+         "name a file with --predictors)")
 
 
-def add_quiet_argument(parser):
-    parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
+# ------------------------------------------------------------------------------ prompts and rows
 
 
-def rows_from(args, tokenizer, split, limit=None, metadata=None):
-    """The rows that the options of `add_data_arguments` ask for: Examples, at most `limit`.
+class Prompt(NamedTuple):
+    ids: list                       # token ids
+    expected: Optional[str]         # the right answer, where it is known
+    tokenizer: Any
 
-    metadata: those of predictors, which remember their template.
+
+def read_prompt(args, tokenizer):
+    """The prompt that infer.py's options ask for -> Prompt; says which files are used.
+
+    Without a prompt it is the toy's own row, or a page of ours with a question about it.
     """
-    if limit == 0:
-        return []
-    path = args.data or rows_at_hand(args.ckpt)
-    template, system, _ = chosen_template(args, metadata or {})
-    limit = limit or args.limit
-    max_positions = read_config(find(args.ckpt) / "config.json")["max_positions"]
-    return examples(tokenizer, path, split, template, args.min_prompt, args.max_prompt,
-                    args.max_response, args.context, limit, args.question, system, max_positions)
-
-
-def chosen_rows(args, tokenizer):
-    """The rows that saliency.py reads: all for Figure 2, the one of Figure 1."""
-    if args.figure == 2:
-        return rows_from(args, tokenizer, "heldout")
-    return [chosen_example(args, tokenizer)]
-
-
-def chosen_example(args, tokenizer):
-    """The row for Figure 1: --prompt with --response, or --row of the held-out rows."""
+    sources = args.prompt, args.prompt_file, args.data
+    need(sources.count(None) > 1,
+         "--prompt, --prompt-file and --data each say what to read: leave all but one out")
+    file, metadata = find_predictors(args)
+    chat = choose_chat(find(args.ckpt), args.template, args.system, metadata)
     if args.prompt is not None:
-        need(args.prompt.strip(), "the prompt is empty")
+        row = {"instruction": args.prompt}
+    elif args.prompt_file is not None:
+        row = {"instruction": read_text(args.prompt_file)}
+    else:
+        own = find(args.ckpt) / "train.jsonl"
+        path = args.data or (own if own.is_file() else DEMO)
+        rows = read_rows(path, "all" if path == DEMO else "heldout")
+        need(args.row < len(rows), f"--row {args.row}: {path} has {len(rows)} held-out rows")
+        row = rows[args.row]
+    text = prompt_text(row)
+    need(text.strip(), "the prompt is empty")
+    print(f"model {find(args.ckpt)}; predictors {file}; template {chat.name} ({chat.why})",
+          flush=True)
+    ids = tokenizer.encode(render(chat, text), chat.bos)
+    return Prompt(ids, row.get("response"), tokenizer)
+
+
+def read_text(path):
+    """The text of a prompt file, UTF-8 with or without a byte-order mark; "-" is stdin."""
+    if path == "-":
+        return sys.stdin.read()
+    need(Path(path).is_file(), f"{path}: no such prompt file")
+    with blame(path, "not UTF-8 text"):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def fitting(args, limit, longest):
+    """How many new tokens: those asked for, else as many as usual that fit behind the longest."""
+    usual = 128 if args.bench else 48
+    return args.max_new_tokens or max(1, min(usual, limit - longest + 1))
+
+
+def rows_from(args, tokenizer, chat, split, limit=None):
+    """The rows that the options of `add_data_options` ask for: Examples, at most `limit`."""
+    path = args.data or rows_at_hand(args.ckpt)
+    limits = args.min_prompt, args.max_prompt, args.max_response, args.context
+    return examples(tokenizer, path, split, chat, *limits, limit or args.limit, args.question,
+                    describe(args.ckpt)[1]["max_positions"])
+
+
+def training_rows(args, tokenizer):
+    """-> rows to train on, held-out rows, and what the predictors keep of the template."""
+    chat = choose_chat(find(args.ckpt), args.template, args.system)
+    print(f"model {find(args.ckpt)}; rows {args.data or rows_at_hand(args.ckpt)}; template "
+          f"{chat.name} ({chat.why})", flush=True)
+    rows = rows_from(args, tokenizer, chat, "train")
+    some = args.report_rows
+    heldout = rows_from(args, tokenizer, chat, "heldout", some) if some else []
+    return rows, heldout, {**chat_notes(chat), "command": command_line()}
+
+
+def rows_for_figure(args, tokenizer):
+    """The Examples that saliency.py reads: all for Figure 2, the one of Figure 1."""
+    chat = choose_chat(find(args.ckpt), args.template, args.system)
+    if args.prompt is not None:
         need(args.response, "--prompt needs --response: saliency is the gradient of the "
                             "response's log-likelihood")
         row = {"instruction": args.prompt, "response": args.response}
-        template, system, _ = chosen_template(args, {})
-        example = encode_row(tokenizer, row, template, None, system=system)
-        n = len(example.tokens) - example.prompt_len
-        need(n <= args.max_response,
-             f"--response has {n} tokens: --max-response {n} takes it whole")
-        return example
-    rows = rows_from(args, tokenizer, "heldout", args.row + 1)
+        return [encode_row(tokenizer, row, chat, args.max_response)]
+    if args.figure == 2:
+        return rows_from(args, tokenizer, chat, "heldout")
+    rows = rows_from(args, tokenizer, chat, "heldout", args.row + 1)
     need(args.row < len(rows), f"--row {args.row}: there are {len(rows)} rows")
-    return rows[args.row]
+    return rows[args.row:]
 
 
 # --------------------------------------------------------------------------------------- running
@@ -197,95 +379,49 @@ def chosen_example(args, tokenizer):
 def cli(main):
     """Run a command's main: bad input ends in one line on stderr and exit code 1.
 
-    Ctrl-C ends it in one line and code 130; a second one ends the process at once.
+    With --json what it prints goes to stderr: stdout is for print_json alone.
     """
+    name = Path(sys.argv[0]).name
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, interrupted)
-        run(main)
-    except KeyboardInterrupt as e:  # with a text from where there is something to say
-        clear_line()
-        if speaks():
-            print(str(e) or "stopped", file=sys.stderr, flush=True)
-        leave(130)
-
-
-def run(main):
-    """`main`, and what it raises told in one line; all but Ctrl-C."""
-    try:
-        with contextlib.redirect_stdout(sys.stdout):        # --json turns it, for this command
+        with contextlib.redirect_stdout(sys.stderr if "--json" in sys.argv else sys.stdout):
             main()
             sys.stdout.flush()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            sys.__stdout__.flush()
-            leave(0)        # torch's threads may abort a process that is torn down piece by piece
+        if not alone():
+            leave(0)
+    except KeyboardInterrupt as e:
+        leave(130, str(e) or "stopped")
     except BrokenPipeError:         # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # for what is still to be flushed
-        leave(141)                  # as if by SIGPIPE
-    except (ValueError, OSError, ImportError) as e:
-        fail(str(e))
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        os._exit(141)
+    except (ValueError, OSError, ImportError, MemoryError) as e:
+        leave(1, f"{name}: {e}")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "DefaultCPUAllocator" not in str(e):
             raise
-        fail("not enough memory: take shorter prompts or rows, a smaller --batch or --dtype "
-             f"bfloat16. {e}")
-    finally:
-        let_go()
+        leave(1, f"{name}: not enough memory, take shorter prompts or --dtype bfloat16: {e}")
 
 
-def interrupted(number, frame):
-    """What the first Ctrl-C does."""
-    let_go()
-    raise KeyboardInterrupt
-
-
-def let_go():
-    """From here on signals end the process at once and without a word."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def out_of_memory(error):
-    """Whether no memory was left, on a CPU or a GPU."""
-    signs = ("DefaultCPUAllocator", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def fail(text):
-    """Leave with one line on stderr and code 1."""
-    text = " ".join(text.split())
-    text = text if len(text) <= 1000 else text[:1000] + " ..."
-    text = f"{Path(sys.argv[0]).name}: {text}"
-    clear_line()
-    if alone():
+def leave(code, text=""):
+    """End the process, with one line on stderr where there is something to say."""
+    text = f"{' '.join(text.split()):.1000}"
+    if text and sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)      # the line of a Progress
+    if alone() and code == 1:
         sys.exit(text)
-    print(text, file=sys.stderr, flush=True)
-    leave(1)
-
-
-def alone():
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1
-
-
-def leave(code):
-    """Leave with this exit code."""
+    if text and (code == 1 or rank() == 0):
+        print(text, file=sys.stderr, flush=True)
     if alone():
         sys.exit(code)
-    # The other processes may wait for this one: torchrun has to see that it is gone.
+    sys.__stdout__.flush()          # the others may wait for this one: torchrun sees that it left
     os._exit(code)
-
-
-# ------------------------------------------------------------------------------------- provenance
 
 
 def command_line():
     """The command that runs, as a reader would type it."""
     script = Path(sys.argv[0])
+    words = ["python", *sys.argv]
     if script.parent.name == "lab":
-        return " ".join(["python -m", f"lab.{script.stem}", *sys.argv[1:]])
-    return " ".join(["python", *sys.argv])
+        words[1:2] = ["-m", f"lab.{script.stem}"]
+    return shlex.join(words)
 
 
 def hardware(device):
@@ -295,18 +431,17 @@ def hardware(device):
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-        name = models[0] if models else name
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def print_json(args, model, result):
     """With --json: all that was measured, and how, as one JSON object; the first process does."""
-    if args.json and speaks():
-        names = ("ckpt", "shape", "scorer", "figure", "reduce")
+    if args.json and rank() == 0:
+        names = ("ckpt", "shape", "figure", "reduce")
         how = {name: value for name, value in vars(args).items() if name in names}
         where = provenance(model) if model else {"command": command_line()}
-        print(json.dumps({**where, **how, **result}), file=args.json, flush=True)
+        print(json.dumps({**where, **how, **result}), file=sys.__stdout__, flush=True)
 
 
 def provenance(model):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 # Before torch, and for commands: on tensors this small a second thread only waits.
@@ -19,14 +18,14 @@ from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-sys.path.append(str(ROOT / "checkpoints"))   # last: gguf.py there would hide the package gguf
 
 import forked  # noqa: E402
+from exercise_report import pytest_addoption, pytest_terminal_summary  # noqa: E402, F401
 from model import Config, Llama, load  # noqa: E402
-from predictor import Predictor  # noqa: E402
+from predictor import NearPredictor, Predictor  # noqa: E402
 from prune import Schedule  # noqa: E402
-from support.data import Batch, Example  # noqa: E402
 from support.options import cli  # noqa: E402
+from support.rows import Example  # noqa: E402
 
 TOY = ROOT / "checkpoints" / "toy"
 SMOLLM2 = ROOT / "checkpoints" / "smollm2"
@@ -64,20 +63,22 @@ def tiny():
 
 @pytest.fixture
 def tokens():
-    """Two rows of 60 tokens; tests take the first 48 as the prompt."""
-    return torch.randint(0, 90, (2, 60), generator=torch.Generator().manual_seed(1))
+    """A row of 60 tokens; tests take the first 48 as the prompt."""
+    return torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(1))
 
 
 def fresh_predictors(seed=0, near=False):
     """Predictors of the tiny model to train, one for each stage of SCHEDULE."""
     torch.manual_seed(seed)
-    return nn.ModuleList(Predictor(48, near=near) for _ in range(SCHEDULE.stages))
+    kind = NearPredictor if near else Predictor
+    return nn.ModuleList(kind(48) for _ in range(SCHEDULE.stages))
 
 
 def predictors_for(model, seed=3, near=False):
     """Frozen predictors of a model, one for each stage of SCHEDULE."""
     torch.manual_seed(seed)
-    modules = [Predictor(model.config.dim, near=near) for _ in range(SCHEDULE.stages)]
+    kind = NearPredictor if near else Predictor
+    modules = [kind(model.config.dim) for _ in range(SCHEDULE.stages)]
     return nn.ModuleList(modules).requires_grad_(False)
 
 
@@ -86,12 +87,6 @@ def random_rows(n, length=40, prompt_len=30):
     generator = torch.Generator().manual_seed(4)
     return [Example(torch.randint(0, 90, (length,), generator=generator), prompt_len)
             for _ in range(n)]
-
-
-def batch_of(tokens, prompt_len):
-    """Tokens (B, N) whose rows all have prompts of prompt_len -> a Batch without padding."""
-    B, N = tokens.shape
-    return Batch(tokens, [prompt_len] * B, [N] * B)
 
 
 def close(a, b, atol):
@@ -113,7 +108,7 @@ def needs(package):
 
 real_weights = pytest.mark.skipif(
     not (SMOLLM2 / "model.safetensors").is_file(),
-    reason="no checkpoints/smollm2/model.safetensors: run python checkpoints/smollm2.py")
+    reason="no checkpoints/smollm2/model.safetensors: run python checkpoints/convert.py smollm2")
 
 ENGLISH = """\
 The lighthouse keeper had lived on the rock for thirty-one years before the company wrote to say \
@@ -202,40 +197,3 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     begun.result()
     return True
-
-
-# ---------------------------------------------------------------------------------- the exercises
-
-
-def pytest_addoption(parser):
-    group = parser.getgroup("exercises")
-    group.addoption("--impl", default="reference",
-                    help="whose answers tests/test_exercises.py checks: reference (default), "
-                         "student (tests/exercises.py), or a file")
-    group.addoption("--seed", type=int, default=0,
-                    help="draws the cases of tests/test_exercises.py; another number, other cases")
-    group.addoption("--puzzles", action="store_true",
-                    help="score the open puzzles of tests/exercises.py too")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """A student's result: a line for each exercise, how many are right, the puzzles' scores."""
-    exercises = recorded(terminalreporter, "exercise")
-    if exercises and config.getoption("--impl") != "reference":
-        terminalreporter.section("exercises")
-        for line, _ in sorted(exercises):
-            terminalreporter.line(line)
-        right = sum(passed for _, passed in exercises)
-        terminalreporter.line(f"{right}/{len(exercises)}")
-    for line, _ in recorded(terminalreporter, "puzzle"):
-        terminalreporter.line(line)
-
-
-def recorded(terminalreporter, name):
-    """What tests recorded under a name: [(value, whether the test passed)]."""
-    found = []
-    for report in chain(*terminalreporter.stats.values()):
-        properties = dict(getattr(report, "user_properties", ()))
-        if name in properties and report.when == "call":
-            found.append((properties[name], report.passed))
-    return found

@@ -1,10 +1,11 @@
 """Eight exercises and three open puzzles on SDTP (arXiv 2504.04514): the student's file.
 
 Replace each `raise NotImplementedError`. The docstring states all that the exercise needs: the
-place in the paper, the shapes, the rule, a line budget and an example on four tokens. The results
-of an example are shown as lists of numbers, rounded to four digits.
+place in the paper, the shapes, the rule, a line budget and a small example. The results of an
+example are shown as lists of numbers, rounded to four digits.
 
 These rules hold for all exercises:
+- There is one prompt at a time, and so no batch dimension.
 - Tensors are fp32 on the CPU unless the docstring says otherwise. So are the angles of rotary
   positions.
 - A result is what the docstring names: an int is no float, a tensor no list of tensors.
@@ -12,10 +13,9 @@ These rules hold for all exercises:
 - Results may be off by 1e-5.
 - A call may take ten seconds. The right ones take some milliseconds.
 - You may import what Python and torch have.
-- The lines of a function and of the helpers that it calls are counted, and said. The def, the
-  docstring, comments and blank lines do not count. Two statements in one line count as two, and a
-  statement of more than 100 columns counts as the lines that it needs. An answer over its budget
-  passes, but its line says so.
+- The lines of a function and of the helpers that it calls are counted, and said. Each statement is
+  a line, of more than 100 columns two or more. Its def, docstrings, comments and blank lines do not
+  count. An answer over its budget passes, but its line says so.
 
 Run them from the root of the repository:
 
@@ -31,13 +31,12 @@ from prune import Schedule
 
 
 def rotate(q, pos, theta):
-    """1. Rotary positions by explicit position (Section 3.4). At most 8 lines.
+    """1. Rotary positions by explicit position (Section 3.4). At most 7 lines.
 
     A token that survives a drop keeps its place.
 
-    q (B, H, n, d), d even; pos (B, n) int64; theta a float. Returns (B, H, n, d).
-    The positions increase in each row. They have gaps where tokens were dropped, and every row has
-    its own positions.
+    q (H, n, d), d even; pos (n,) int64; theta a float. Returns (H, n, d).
+    The positions increase. They have gaps where tokens were dropped, and are the same in all heads.
 
     Feature i forms a pair with feature i + d/2, for i = 0 ... d/2 - 1. The pair of a token at
     position p is turned by the angle a = p * theta ** (-2 i / d):
@@ -46,12 +45,12 @@ def rotate(q, pos, theta):
 
     Four tokens stand at positions 0, 1, 3, 4; the one at 2 was dropped. Each is (1, 2, 0, 0). With
     theta 100 the first pair turns by p, the second by p / 10:
-    >>> q = torch.tensor([[[[1.0, 2.0, 0.0, 0.0]] * 4]])
-    >>> rotate(q, torch.tensor([[0, 1, 3, 4]]), 100.0)
-    [[[[1, 2, 0, 0],
-       [0.5403, 1.9900, 0.8415, 0.1997],
-       [-0.9900, 1.9107, 0.1411, 0.5910],
-       [-0.6536, 1.8421, -0.7568, 0.7788]]]]
+    >>> q = torch.tensor([[[1.0, 2.0, 0.0, 0.0]] * 4])
+    >>> rotate(q, torch.tensor([0, 1, 3, 4]), 100.0)
+    [[[1, 2, 0, 0],
+      [0.5403, 1.9900, 0.8415, 0.1997],
+      [-0.9900, 1.9107, 0.1411, 0.5910],
+      [-0.6536, 1.8421, -0.7568, 0.7788]]]
     """
     raise NotImplementedError
 
@@ -64,7 +63,7 @@ def saliency(f, x, reduce):
 
     The gradient is g = dT/dx (n, D). The saliency of token i is
         reduce "abs_dot":  |g_i . x_i|, the absolute value of the sum over features of g_i * x_i.
-                           This is Eq. 3 taken literally.
+                           This is our reading of Eq. 3's product as one number per token.
         reduce "norm_gx":  the Euclidean norm over features of the elementwise product g_i * x_i.
                            Large terms of both signs cancel in the sum; the norm still sees them.
 
@@ -82,52 +81,49 @@ def saliency(f, x, reduce):
     raise NotImplementedError
 
 
-def ranking_loss(score, saliency, mask):
-    """3. The pairwise ranking loss (Section 3.3, Eq. 6). At most 8 lines.
+def ranking_loss(score, saliency):
+    """3. The pairwise ranking loss (Section 3.3, Eq. 6). At most 7 lines.
 
-    score, saliency and mask are (B, n); the mask holds 0.0 and 1.0. Returns a scalar tensor that
-    is differentiable in score.
+    score and saliency are (n,). Returns a scalar tensor that is differentiable in score.
 
-    The pairs are all i < j of the same row whose tokens both have mask 1. A pair's loss is
+    The pairs are all i < j. A pair's loss is
         log(1 + exp(-(score_i - score_j) * sign(saliency_i - saliency_j)))
     where sign(0) = 0: a pair of equal saliency counts log 2.
 
-    The paper sums the pairs. Here the result is one mean over all pairs of all rows, not a mean of
-    row means. Without any pair it is 0. Score differences of hundreds must come out finite.
+    The paper sums the pairs. Here the result is their mean. Without any pair it is 0. Score
+    differences of hundreds must come out finite.
 
-    Four tokens: the third is not in the mask, the first and the last are equally salient. The
-    pairs are 0-1, 0-3 and 1-3, so the loss is (log(1 + e) + log 2 + log(1 + e^-2)) / 3:
-    >>> score = torch.tensor([[1.0, 2.0, 9.0, 0.0]])
-    >>> salient = torch.tensor([[5.0, 3.0, 1.0, 5.0]])
-    >>> ranking_loss(score, salient, torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
+    Three tokens, of which the first and the last are equally salient. The pairs are 0-1, 0-2 and
+    1-2, so the loss is (log(1 + e) + log 2 + log(1 + e^2)) / 3:
+    >>> ranking_loss(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([5.0, 3.0, 5.0]))
     1.3778
     """
     raise NotImplementedError
 
 
-def select(score, pos, k, prompt_len, sink, local):
+def select(score, pos, k, N, sink, local):
     """4. Which tokens survive a stage (Section 3.4). At most 8 lines.
 
-    score (B, n), finite; pos (B, n) int64, the tokens' original positions, increasing; k,
-    prompt_len and sink are ints, local is a float. Returns (B, k) int64: indices into the n
-    tokens, not positions, increasing in each row.
+    score (n,), finite; pos (n,) int64, the tokens' original positions, increasing; k, N and sink
+    are ints, local is a float. The prompt had N tokens; n of them are left. Returns (k,) int64:
+    indices into the n tokens, not positions, increasing.
 
     Three kinds of tokens are protected, that is, always kept:
         - those at positions below sink;
-        - those at the last max(1, ceil(local * prompt_len - 1e-9)) positions of the prompt. This
-          is a share of the whole prompt of prompt_len tokens, not of the n that are left;
-        - those at a position of prompt_len or more: a response that follows the prompt.
+        - those at the last max(1, ceil(local * N - 1e-9)) positions of the prompt. This is a share
+          of the whole prompt, not of the tokens that are left;
+        - those at a position of N or more: a response that follows the prompt.
     Not every such position needs to have a token: what counts is pos, not the index.
     The best-scored of the others fill the rest up to k. Among equal scores the earlier token wins.
 
-    Every row has the same number of protected tokens, and k is never below it. The 1e-9 keeps a
-    product like 0.07 * 100 = 7.000000000000001 from counting 8.
+    k is never below the number of protected tokens. The 1e-9 keeps a product like
+    0.07 * 100 = 7.000000000000001 from counting 8.
 
     Four tokens are left of a prompt of 6, at positions 0, 2, 3, 5. The first is a sink, the last
     is local. Of the other two the second has the higher score:
-    >>> score, pos = torch.tensor([[0.1, 0.2, 0.7, 0.0]]), torch.tensor([[0, 2, 3, 5]])
+    >>> score, pos = torch.tensor([0.1, 0.2, 0.7, 0.0]), torch.tensor([0, 2, 3, 5])
     >>> select(score, pos, 3, 6, 1, 0.1)
-    [[0, 2, 3]]
+    [0, 2, 3]
     """
     raise NotImplementedError
 
@@ -137,9 +133,9 @@ def masked_attention(q, k, v, keep):
 
     This is how training prunes, with the mask of DynamicViT.
 
-    q, k, v (B, H, n, d); keep (B, n) holds 1.0 for kept and 0.0 for dropped tokens. Returns
-    (B, H, n, d), differentiable in keep, and in q and k too: a later block's depend on the mask of
-    an earlier one.
+    q, k, v (H, n, d); keep (n,) holds 1.0 for kept and 0.0 for dropped tokens. Returns (H, n, d),
+    differentiable in keep, and in q and k too: a later block's depend on the mask of an earlier
+    one.
 
     The logits are a_ij = q_i . k_j / sqrt(d). Query i sees key j only where j <= i (causal). The
     mask is m_ij = keep_j where j != i, and the constant 1 where j = i, so every query sees itself.
@@ -157,9 +153,9 @@ def masked_attention(q, k, v, keep):
 
     Four tokens, H = d = 1. The second is dropped, all logits are 0: each query takes the mean of
     the keys that it sees:
-    >>> zero, v = torch.zeros(1, 1, 4, 1), torch.tensor([[[[1.0], [2.0], [3.0], [8.0]]]])
-    >>> masked_attention(zero, zero, v, torch.tensor([[1.0, 0.0, 1.0, 1.0]]))
-    [[[[1], [1.5], [2], [4]]]]
+    >>> zero, v = torch.zeros(1, 4, 1), torch.tensor([[[1.0], [2.0], [3.0], [8.0]]])
+    >>> masked_attention(zero, zero, v, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    [[[1], [1.5], [2], [4]]]
     """
     raise NotImplementedError
 
@@ -270,9 +266,7 @@ def puzzle_schedule():
     """a. The lowest NLL at half of the tokens. Returns a prune.Schedule.
 
     On average over the 12 blocks at most 50% of the prompt's tokens may enter a block. sink is 4
-    and local is 0.1, as in the paper. You choose first, step, stages and keep. Beyond keep ** s,
-    lab.schedules.with_shares(schedule, shares) gives the same schedule with one share of the prompt
-    for each stage, never rising.
+    and local is 0.1, as in the paper. You choose first, step, stages and keep.
 
     The trained predictors score. They were trained for stages after blocks 2 ... 11, and a stage
     takes the one of its own block; a stage after block 1 takes that of block 2.
@@ -285,7 +279,7 @@ def puzzle_schedule():
 def puzzle_predictors(predictors, model, rows):
     """b. The smallest predictors that still work: the score is the number of parameters.
 
-    predictors are the 10 trained modules (B, n, D) -> (B, n, 2), one a stage, with 44,500 numbers
+    predictors are the 10 trained modules (1, n, D) -> (1, n, 2), one a stage, with 44,500 numbers
     in all. model is the frozen toy. rows are the training rows, a list of Example (tokens (N,),
     prompt_len), if you want to fit something on them.
 
@@ -301,8 +295,8 @@ def puzzle_predictors(predictors, model, rows):
 def puzzle_scorer(model):
     """c. A scorer without training that beats the random choice and the norm of the hidden state.
 
-    model is the frozen toy. Returns scorer(stage, x (B, n, D), pos (B, n)) -> (B, n); the tokens
-    of the highest scores are kept. Stages 0 ... 9 stand after blocks 2 ... 11.
+    model is the frozen toy. Returns scorer(s, x (1, n, D), pos (1, n)) -> (1, n); the tokens of
+    the highest scores are kept. Stages s = 1 ... 10 stand after blocks 2 ... 11.
 
     The scorer may look at all of x and at the weights (model.blocks[i].q, .k, .attn_norm ...;
     model.config), and run one block at most. It gets no rows, no gradients and no trained
@@ -310,4 +304,4 @@ def puzzle_scorer(model):
 
     Given here: the norm.
     """
-    return lambda stage, x, pos: torch.linalg.vector_norm(x, dim=-1)
+    return lambda s, x, pos: torch.linalg.vector_norm(x, dim=-1)

@@ -1,427 +1,253 @@
 """Our models inside lm-evaluation-harness: contexts are pruned once, and nothing else changes."""
-import importlib.util
+import contextlib
 import json
-import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (SCHEDULE, SMOLLM2, command, needs, predictors_for, random_rows,
-                      real_weights)
+from conftest import SCHEDULE, SMOLLM2, needs, predictors_for, random_rows, real_weights, tiny_model
 
 from infer import generate
-from lab import harness, quality
-from lab.harness import Kept, Reader, before, data_file, harness_model
+from lab import harness
 from lab.quality import Setup
-from lab.tasks import Answer, Item
 from model import Tokenizer, load
-from prune import UNPRUNED, Schedule, nll, predictor_scorer
+from prune import Schedule, nll, predictor_scorer
 from support.files import need
+from support.runs import Measured
 
-LM_EVAL = bool(importlib.util.find_spec("lm_eval"))
-
-
-@pytest.fixture
-def lm_eval():
-    """The package; tests that need it are skipped where it is not."""
-    pytest.importorskip("lm_eval", reason=harness.WANTED)
-    return harness.lm_eval_parts()
+pytestmark = needs("lm_eval")
 
 
-@pytest.fixture(scope="module")
-def manager():
-    """lm_eval's list of its tasks, which takes seconds to read."""
-    pytest.importorskip("lm_eval", reason=harness.WANTED)
-    return harness.lm_eval_parts().tasks.TaskManager()
+class Numbers:
+    """A tokenizer of texts like "5 71 8"; `front` stands before every text, but never twice."""
+    prefix = 7
 
+    def __init__(self, front):
+        self.front = front
 
-@pytest.fixture(scope="module")
-def toy():
-    return Setup(load("toy", torch.float32, "cpu"), Schedule.scaled(12), tokenizer=Tokenizer("toy"))
+    def encode(self, text, bos=True):
+        ids = [int(word) for word in text.split()]
+        return self.front + ids if bos and ids[:1] != [7] else ids
 
 
 @pytest.fixture
-def setup(tiny):
-    return Setup(tiny, SCHEDULE, predictors_for(tiny))
+def make(tmp_path):
+    """make(name, front, setup) -> the model of an arm; all keep one file of what was read.
+
+    Without a setup it is the tiny model's, with a tokenizer that puts `front` first.
+    """
+    def model(name="full", front=(), setup=None):
+        tiny = tiny_model()
+        setup = setup or Setup(tiny, SCHEDULE, predictors_for(tiny), tokenizer=Numbers([*front]))
+        return harness.harness_model(setup, name, Measured(tmp_path / "rows", "run"))
+    return model
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of rows, and of a task that is not lm_eval's: the likelihood of whole texts."""
+    rows = {
+        "winogrande": [{"sentence": f"Ann asked Bea {i} times as _ was lost.", "option1": "Ann",
+                        "option2": "Bea", "answer": "12"[i % 2]} for i in range(5)],
+        "boolq": [{"passage": f"The fog hung over {i} boats.", "question": "is there fog",
+                   "label": ("false", "true")[i % 2]} for i in range(5)],
+        "lambada": [{"text": f"The baker sells {i} loaves of bread"} for i in range(5)]}
+    rows["own"] = rows["lambada"]
+    for name, lines in rows.items():
+        jsonl(tmp_path / f"{name}.jsonl", lines)
+    (tmp_path / "own.yaml").write_text("task: own\noutput_type: loglikelihood_rolling\n"
+                                       "doc_to_text: ''\ndoc_to_target: '{{text}}'\n")
+    return tmp_path
+
+
+@pytest.fixture
+def manager(data):
+    """lm_eval's list of some tasks and those under `data`; all of its own take long to read."""
+    import lm_eval.tasks
+    own = Path(lm_eval.tasks.__file__).parent
+    paths = [own / "super_glue", own / "winogrande", own / "lambada", data]
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths)
 
 
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
-def pairs_of(rows):
-    """(context, continuation) of Examples, and each context once more with a shorter one."""
-    tokens = [(e.tokens[:e.prompt_len].tolist(), e.tokens[e.prompt_len:].tolist()) for e in rows]
-    return [*tokens, *((context, continuation[:3]) for context, continuation in tokens)]
+def asked(*args):
+    """Requests as lm_eval makes them."""
+    return [SimpleNamespace(args=each) for each in args]
 
 
-# ---------------------------------------------------------------------------- what needs no lm_eval
+# --------------------------------------------------------------------------------------- one model
 
 
-@pytest.mark.parametrize("name", ["full", "predictor", "predictor@2", "random"])
-def test_a_context_is_read_once_and_its_continuations_as_if_alone(setup, monkeypatch, name):
-    calls, real = [], quality.prefill
-
-    def counting(model, tokens, *rest):
-        calls.append(tokens.shape[1])
-        return real(model, tokens, *rest)
-
-    monkeypatch.setattr(quality, "prefill", counting)
-    pairs = pairs_of(random_rows(3))
-    reader = Reader(setup, name)
-    found = reader.read(pairs)
-    assert len(calls) == 3 and len(reader.shares) == 3
-    assert found[5:] + found[:5] == Reader(setup, name).read(pairs[5:] + pairs[:5])
-    if name in ("full", "predictor"):
-        used = (None, None) if name == "full" else (SCHEDULE, predictor_scorer(setup.predictors))
-        for (context, continuation), (value, _) in zip(pairs, found, strict=True):
-            tokens = torch.tensor([context + continuation])
-            alone = -nll(setup.model, tokens, len(context), *used).sum().item()
-            assert value == pytest.approx(alone, abs=1e-4)
+@pytest.mark.parametrize("name", ["full", "predictor", "random"])
+def test_a_context_is_read_once_and_its_continuations_as_if_alone(make, tmp_path, name):
+    """And never again, until the file is gone; the order does not matter."""
+    rows, file = [example.tokens.tolist() for example in random_rows(3)], tmp_path / "rows"
+    pairs = [(None, row[:30], row[30:end]) for row in rows for end in (40, 33)]
+    model = make(name)
+    found = model._loglikelihood_tokens(pairs)
+    assert make(name)._loglikelihood_tokens(pairs) == found
+    assert len(file.read_text().splitlines()) == 1 + 3
+    file.unlink()
+    assert make(name)._loglikelihood_tokens(pairs[2:] + pairs[:2]) == found[2:] + found[:2]
+    used = (SCHEDULE, predictor_scorer(model.setup.predictors)) if name == "predictor" else ()
+    for (_, context, continuation), (value, _) in zip(pairs, found):
+        alone = nll(model.setup.model, torch.tensor([context + continuation]), 30, *used)
+        assert name == "random" or value == pytest.approx(-alone.sum().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["full", "predictor@3", "earliest+h2o", "compress"])
-def test_an_arm_reads_as_in_lab_quality(setup, name):
-    context, continuation = pairs_of(random_rows(1))[0]
-    item = Item(context, [Answer(continuation, 0), Answer(continuation[:2], 0)])
-    expected = quality.measure_arm(setup, item, setup.arm(name), 0, {})
-    reader = Reader(setup, name)
-    found = reader.read([(context, answer.tokens) for answer in item.answers])
-    assert found == [(value, chosen) for value, _, chosen in expected["answers"]]
-    assert reader.shares == [expected["keep"]]
+def test_long_contexts_lose_their_first_tokens(make):
+    """As many as do not fit: 512 positions, and the last token is not read."""
+    model, tokens = make(), [i % 90 for i in range(600)]
+    values = model._loglikelihood_tokens([(None, tokens[-n:], [5, 6]) for n in (600, 511, 510)])
+    assert values[0] == values[1] != values[2] and len(model.shares) == 2
+    with pytest.raises(ValueError, match="a continuation has no tokens"):
+        model._loglikelihood_tokens([(None, tokens, [])])
 
 
-def test_what_was_read_is_not_read_again(setup, tmp_path, monkeypatch, capsys):
-    """Stopped after two contexts, in the middle of a third line; and of another model."""
-    log, pairs = tmp_path / "some" / "rows", pairs_of(random_rows(3))
-    expected = Reader(setup, "random").read(pairs)
-    reader = Reader(setup, "random", kept=Kept(log, "run"))
-    assert reader.read(pairs[:2]) == expected[:2]
-    with log.open("a") as f:
-        f.write('{"row": 2, "key"')
-    calls, real = [], quality.prefill
-    monkeypatch.setattr(quality, "prefill", lambda *words: calls.append(1) or real(*words))
-    again = Reader(setup, "random", kept=Kept(log, "run"))
-    assert again.read(pairs[:2]) == expected[:2] and not calls
-    assert again.shares == reader.shares
-    assert again.read(pairs) == expected
-    assert len(calls) == 3, "with a second continuation a context is another question"
-    assert f"2 rows are in {log} already" in capsys.readouterr().out
-    assert len(log.read_text().splitlines()) == 1 + 5
-    Reader(setup, "full", kept=Kept(log, "run")).read(pairs[:1])
-    assert len(calls) == 4, "an arm has its own"
-    with pytest.raises(ValueError, match="these rows belong to another command"):
-        Kept(log, "another model")
+@pytest.mark.parametrize("front", [[], [7]])
+@pytest.mark.parametrize("context", ["", " ", "\n\n"])
+def test_a_context_without_words_is_the_prefix_token(make, front, context):
+    model = make(front=front)
+    expected = model._loglikelihood_tokens([(None, [7], [5, 71, 8])])
+    assert model.loglikelihood(asked((context, "5 71 8"))) == expected
 
 
-def test_a_text_is_not_written_again(toy, monkeypatch, tmp_path):
-    context = toy.tokenizer.encode("Anna sells old maps. Question: what does Anna sell? Answer:")
-    said = Reader(toy, "full", kept=Kept(tmp_path / "rows", "")).write(context, 6, ["."])
-    monkeypatch.setattr(harness, "prefill", None)
-    again = Reader(toy, "full", kept=Kept(tmp_path / "rows", ""))
-    assert again.write(context, 6, ["."]) == said and again.shares == [1.0]
+@pytest.mark.parametrize("front", [[], [7]])
+@pytest.mark.parametrize("start", ["", "7 "])
+def test_a_whole_text_follows_one_prefix_token(make, front, start):
+    """Whether the tokenizer puts it, or the text does; a long one is read in lm_eval's windows."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    model, ids = make(front=front), [i * 11 % 90 for i in range(1, 1101)]
+    for n in (200, 512, 1100):
+        windows = map(make_disjoint_window, get_rolling_token_windows(ids[:n], 7, 512, 1))
+        read = model._loglikelihood_tokens([(None, *window) for window in windows])
+        whole, = model.loglikelihood_rolling(asked((start + " ".join(map(str, ids[:n])),)))
+        assert whole == sum(value for value, _ in read)
 
 
-def test_the_mean_share_that_is_kept(setup):
-    full, pruned = Reader(setup, "full"), Reader(setup, "predictor")
-    for reader in (full, pruned):
-        reader.read(pairs_of(random_rows(1)))
-    assert full.shares == [1.0]
-    assert pruned.shares == [sum(SCHEDULE.counts(30, 6)) / 6 / 30]
-
-
-def test_a_continuation_says_whether_it_is_the_model_s_own(setup):
-    context = random_rows(1)[0].tokens[:30].tolist()
-    own = generate(setup.model, torch.tensor([context]), 4, eos=()).tokens
-    other = own[:3] + [(own[3] + 1) % 90]
-    found = Reader(setup, "full").read([(context, own), (context, other)])
-    assert [chosen for _, chosen in found] == [True, False]
-
-
-def test_long_contexts_lose_their_first_tokens(setup):
-    tokens = [i % 90 for i in range(600)]
-    reader = Reader(setup, "full")
-    long, short = reader.read([(tokens, [5, 6]), (tokens[-511:], [5, 6])])
-    assert long == short and reader.cut == 1 and len(reader.shares) == 1
-    with pytest.raises(ValueError, match="a continuation of 513 tokens: expected 1 to 512"):
-        reader.read([([1], tokens[:513])])
-    with pytest.raises(ValueError, match="a continuation of 0 tokens"):
-        reader.read([([1], [])])
-
-
-@pytest.mark.parametrize("name", ["full", "earliest", "full+h2o"])
-def test_what_is_written_is_what_generate_writes(toy, name):
-    ids = toy.tokenizer.encode("The baker walked past the painted shoes and")
-    arm = toy.arm(name)
-    used = (UNPRUNED, None) if arm.scorer == "full" else (
-        toy.schedule, quality.make_scorer(name, toy.model, toy.schedule))
-    expected = generate(toy.model, torch.tensor([ids]), 12, *used, cache=arm.cache)
-    said = [token for token in expected.tokens if token not in toy.model.config.eos]
-    text = toy.tokenizer.decode(said)
-    reader = Reader(toy, name)
-    assert reader.write(ids, 12, []) == text
+@pytest.mark.parametrize("name", ["full", "full+h2o"])
+def test_what_is_written_is_what_generate_writes(make, name):
+    """Up to the first stop text, of which an empty one stops nothing."""
+    setup = Setup(load("toy", torch.float32, "cpu"), SCHEDULE, tokenizer=Tokenizer("toy"))
+    context, model = "The baker walked past the painted shoes and", make(name, setup=setup)
+    ids = torch.tensor([setup.tokenizer.encode(context)])
+    text = setup.tokenizer.decode(generate(setup.model, ids, 12, cache=model.arm.cache).tokens)
     stop = text[len(text) // 2:][:3]
-    assert reader.write(ids, 12, ["nowhere", stop]) == text[:text.index(stop)]
-
-
-def test_a_text_ends_before_the_first_stop_string():
-    assert before("a\n\nQ: b", ["Q:", "\n\n"]) == "a"
-
-
-@pytest.mark.parametrize("files, task, name", [
-    (["piqa", "qa"], "piqa", "piqa"),
-    (["lambada", "boolq"], "lambada_openai", "lambada"),
-    (["news", "multi_news"], "longbench_multi_news", "multi_news"),
-    (["boolq", "bool"], "piqa", None),
-    (["iqa", "piq"], "piqa", None),
-])
-def test_the_file_of_a_task(tmp_path, files, task, name):
-    for file in files:
-        jsonl(tmp_path / f"{file}.jsonl", [])
-    if name:
-        assert data_file(tmp_path, task) == tmp_path / f"{name}.jsonl"
-    else:
-        with pytest.raises(ValueError, match=f"no rows for {task}, expected a file {task}.jsonl"):
-            data_file(tmp_path, task)
-
-
-@pytest.mark.skipif(LM_EVAL, reason="lm_eval is installed")
-def test_without_lm_eval_one_line_says_how_to_get_it():
-    code, out, err = command("-m", "lab.harness", "--tasks", "piqa")
-    assert code == 1 and not out and err.count("\n") == 1
-    assert "pip install lm_eval==0.4.13" in err
-
-
-# ----------------------------------------------------------------------------------- inside lm_eval
-
-
-def request(*args):
-    return SimpleNamespace(args=args)
-
-
-@pytest.mark.parametrize("context, continuation", [
-    ("The baker sells", " bread"), ("The baker sells  ", "bread"), ("The baker", "s"), ("A", "")])
-def test_a_pair_is_cut_as_lm_eval_cuts_it(lm_eval, toy, context, continuation):
-    """The continuation is what the whole has after as many tokens as the bare context has."""
-    model, encode = harness_model(Reader(toy, "full")), toy.tokenizer.encode
-    left, right = model._encode_pair(context, continuation)
-    assert left == encode(context.rstrip())
-    assert left + right == encode(context.rstrip()) + encode(context + continuation)[len(left):]
-
-
-def test_an_empty_context_is_the_prefix_token(lm_eval, toy):
-    model, encode = harness_model(Reader(toy, "full")), toy.tokenizer.encode
-    text = "The baker"
-    found = model.loglikelihood([request("", text)])
-    expected = Reader(toy, "full").read([([toy.tokenizer.prefix], encode(text, bos=False))])
-    assert found == expected and model.loglikelihood_rolling([request(text)]) != expected
-
-
-def test_a_whole_text_is_read_in_windows_and_never_pruned(lm_eval, tiny):
-    class Numbers:
-        prefix = 7
-
-        def encode(self, text, bos=True):
-            return [int(word) for word in text.split()]
-
-    setup = Setup(tiny, SCHEDULE, predictors_for(tiny), tokenizer=Numbers())
-    ids = [i * 7 % 90 for i in range(700)]
-    asked = [request(" ".join(map(str, ids[:n]))) for n in (200, 700)]
-    short, long = harness_model(Reader(setup, "full")).loglikelihood_rolling(asked)
-    window = nll(tiny, torch.tensor([[7, *ids[:200]]]), 1).sum().item()
-    assert short == pytest.approx(-window, abs=1e-3)
-    first = nll(tiny, torch.tensor([[7, *ids[:511]]]), 1).sum().item()
-    second = nll(tiny, torch.tensor([ids[187:700]]), 325)       # the last 188 are new
-    assert long < -first - second[0, :10].sum().item()
-    with pytest.raises(ValueError, match="no prompt to prune, so it takes --scorers full"):
-        harness_model(Reader(setup, "predictor")).loglikelihood_rolling(asked)
-
-
-def test_generate_until_stops_and_refuses_chance(lm_eval, toy):
-    model, reader = harness_model(Reader(toy, "earliest")), Reader(toy, "earliest")
-    text = "The baker walked past the painted shoes and"
-    whole = reader.write(toy.tokenizer.encode(text), 10, [])
-    stop = whole[len(whole) // 2:][:2]
-    asked = [request(text, {"until": [""], "max_gen_toks": 10, "do_sample": False}),
-             request(text, {"until": stop, "max_gen_toks": 10})]
-    assert model.generate_until(asked) == [whole, whole[:whole.index(stop)]]
+    found = model.generate_until(asked(*((context, {"until": until, "max_gen_toks": 12})
+                                         for until in ([""], ["nowhere", stop]))))
+    assert found == [text, text[:text.index(stop)]]
     with pytest.raises(ValueError, match="draws its texts by chance"):
-        model.generate_until([request(text, {"until": [], "do_sample": True, "temperature": 1.0})])
+        model.write(context, {"until": [], "do_sample": True, "temperature": 1.0})
+
+
+# ------------------------------------------------------------------------------ tasks and results
+
+
+def test_the_file_of_a_task(tmp_path):
+    """And its rows; labels "false" and "true" are numbers."""
+    tasks = {"piqa": "piqa", "lambada_openai": "lambada", "longbench_multi_news": "multi_news"}
+    for name in (*tasks.values(), "qa", "openai_lambada", "news"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"file": name, "label": "true"}])
+    for task, name in tasks.items():
+        spec, = harness.local_task(task, tmp_path)["task"]
+        assert spec["custom_dataset"](version=1)["rows"].to_list() == [{"file": name, "label": 1}]
+
+
+def test_differences_from_the_full_model_are_paired_by_row():
+    """A perplexity is no mean of its rows, and a group has none."""
+    results = {}
+    for arm, acc in ("full", [1, 1, 0, 0]), ("random", [1, 0, 0, 0]):
+        values = {"alias": "a", "sample_len": 4, "acc,none": sum(acc) / 4, "acc_stderr,none": 0.1,
+                  "perplexity,none": 20.0, "perplexity_stderr,none": "N/A"}
+        rows = [{"filter": "none", "acc": one, "perplexity": -3.0 - one} for one in acc]
+        results[arm] = {"results": {"a": values, "group": values}, "samples": {"a": rows}}
+    first, *others = harness.table(results, "random", 0.5)
+    assert first == {
+        "task": "a", "metric": "acc", "scorer": "random", "value": 0.25, "stderr": 0.1, "n": 4,
+        "mean_keep": 0.5, "vs_full": -0.25, "vs_full_stderr": pytest.approx(0.25)}
+    others += harness.table(results, "full", 1.0)
+    assert len(others) == 7 and not any("vs_full" in row for row in others)
 
 
 # -------------------------------------------------------------------------------------- the command
 
 
-ROWS = {
-    "copa": [{"premise": f"The baker met {i} men.", "choice1": "He was late.", "label": i % 2,
-              "choice2": "It rained.", "question": ("cause", "effect")[i % 2]} for i in range(8)],
-    "winogrande": [{"sentence": f"Ann asked Bea {i} times as _ was lost.", "option1": "Ann",
-                    "option2": "Bea", "answer": "12"[i % 2]} for i in range(8)],
-    "boolq": [{"passage": f"The fog hung over {i} boats.", "question": "is there fog",
-               "label": ("false", "true")[i % 2]} for i in range(8)],
-    "lambada": [{"text": f"The baker sells {i} loaves of bread"} for i in range(8)],
-}
-OFFLINE = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.fixture
-def data(tmp_path):
-    for name, rows in ROWS.items():
-        jsonl(tmp_path / f"{name}.jsonl", rows)
-    return tmp_path
+def command_of(manager, data, monkeypatch):
+    """command_of(*words) runs lab.harness with these options and few tasks."""
+    def run(*words):
+        words = ["lab/harness.py", "--rows-file", data / "rows", "--data", data, *words]
+        monkeypatch.setattr("sys.argv", [*map(str, words)])
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: manager)
+        with contextlib.redirect_stdout(sys.stderr):
+            harness.main()
+    return run
 
 
-@pytest.mark.skipif(not LM_EVAL, reason=harness.WANTED)
-def test_tasks_are_measured_in_several_arms(data):
-    tasks = ["copa", "winogrande", "boolq", "lambada_openai"]
-    words = ["--data", data, "--tasks", *tasks, "--scorers", "full", "random", "predictor",
-             "--limit", 6, "--num-fewshot", 2, "--rows-file", data / "rows", "--json", "--quiet"]
-    code, out, err = command("-m", "lab.harness", *words, env=OFFLINE)
-    assert code == 0, err
-    told = json.loads(out)
+def test_tasks_are_measured_in_several_arms(command_of, capfd):
+    """Whole texts are never pruned."""
+    command_of("--tasks", "winogrande", "boolq", "lambada_openai", "own", "--limit", 4, "--scorers",
+               "full", "predictor", "--num-fewshot", 2, "--json", "--quiet")
+    told, text = capfd.readouterr()
+    told = json.loads(told)
     assert told["lm_eval"] == "0.4.13" and told["num_fewshot"] == 2 and told["hardware"]
-    kinds = {(row["task"], row["metric"]) for row in told["rows"]}
-    assert kinds == {*((task, "acc") for task in tasks), ("lambada_openai", "perplexity")}
+    assert len(told["rows"]) == 2 * (1 + 1 + 2 + 3)
     for row in told["rows"]:
-        assert row["n"] == 6 and (row["mean_keep"] == 1) == (row["scorer"] == "full")
-        paired = row["metric"] == "acc" and row["scorer"] != "full"
-        assert ("vs_full" in row) == paired     # a perplexity is no mean of its rows
-        if paired:
-            full, = [other["value"] for other in told["rows"] if other["scorer"] == "full"
-                     and (other["task"], other["metric"]) == (row["task"], "acc")]
-            assert row["vs_full"] == pytest.approx(row["value"] - full)
-    assert "copa, 6 rows" in err and "against full" in err
+        whole = row["scorer"] == "full" or row["task"] == "own"
+        assert row["n"] == 4 and (row["mean_keep"] == 1) == whole
+        assert ("vs_full" in row) == (row["scorer"] != "full" and row["metric"] == "acc")
+    assert "predictor, boolq acc: " in text and "contexts are read" not in text
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--tasks", "no_such_task"], "lm_eval knows no task 'no_such_task'"),
-    (["--tasks", "piqa", "--data", "."], "no rows for piqa, expected a file piqa.jsonl"),
-    (["--tasks", "piqa", "--data", "nowhere"], "nowhere: no such folder"),
-    (["--tasks", "copa", "--scorers", "oracle:norm_gx"], "needs to know the right answer"),
-    (["--tasks", "copa", "--scorers", "best"], "unknown scorer 'best'"),
-    (["--tasks", "boolq"], "boolq.jsonl (UndefinedError: 'passage' is undefined)"),
-    (["--tasks", "super-glue-lm-eval-v1"], "stands for several tasks: with --data, name each"),
+    (["--tasks", "piqa"], "no rows for piqa, expected a file piqa.jsonl"),
+    (["--tasks", "boolq"], "boolq: lm_eval cannot load this task from"),
+    (["--tasks", "own", "--scorers", "oracle:norm_gx"], "needs to know the right answer"),
+    (["--tasks", "own", "--scorers", "full", "best"], "unknown scorer 'best'"),
 ])
-def test_what_cannot_be_measured_is_refused_in_one_line(lm_eval, manager, leaves, data, monkeypatch,
-                                                        words, message):
+def test_what_cannot_be_measured_is_refused_first(command_of, data, monkeypatch, words, message):
     jsonl(data / "boolq.jsonl", [{"text": "no row of BoolQ"}])
-    if "--data" not in words:
-        words = [*words, "--data", data]
-    elif words[-1] == ".":
-        monkeypatch.chdir(data)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path: manager)
-    monkeypatch.setattr(harness, "load_pruning", lambda *_: need(False, "weights were read"))
-    told = leaves("lab.harness", *words)
-    assert message in told and "\n" not in told
+    monkeypatch.setattr(harness, "measure", lambda *_: need(False, "something was measured"))
+    with pytest.raises(ValueError, match=message):
+        command_of(*words)
 
 
-def test_the_parts_of_the_command_serve_from_python(lm_eval, manager, toy, data):
-    found = harness.find_tasks(manager, "winogrande", data)
-    harness.set_shots(found["tasks"], None)
-    rows, cut = harness.measure(toy, ["full", "earliest"], found, 4, quiet=True)
-    assert [row["scorer"] for row in rows] == ["full", "earliest"] and cut == 0
-    assert all(0 <= row["value"] <= 1 and row["stderr"] is not None for row in rows)
-
-
-@pytest.mark.parametrize("labels", [["true", "false"], [True, False], [1, 0]])
-def test_a_label_is_the_number_of_a_choice(lm_eval, manager, tmp_path, labels):
-    rows = [{"passage": "p", "question": "q", "label": label} for label in labels]
-    jsonl(tmp_path / "boolq.jsonl", rows)
-    task, = harness.find_tasks(manager, "boolq", tmp_path)["tasks"].values()
-    assert [task.doc_to_target(row) for row in task.eval_docs] == [1, 0]
-    right, wrong = (-1.0, False), (-2.0, False)
-    first = task.eval_docs[0]
-    assert task.process_results(first, [wrong, right])["acc"] == 1
-    assert task.process_results(first, [right, wrong])["acc"] == 0
-
-
-@pytest.mark.parametrize("label", ["maybe", 2, -1])
-def test_an_answer_that_is_no_choice_names_its_row(lm_eval, manager, tmp_path, label):
-    """lm_eval itself would count the row as wrong, whatever the model says."""
-    other = "no" if label == "maybe" else 1         # the choice itself is right too
-    rows = [{"passage": "p", "question": "q", "label": label} for label in (other, label)]
-    jsonl(tmp_path / "boolq.jsonl", rows)
-    with pytest.raises(ValueError, match="boolq.jsonl, row 2: its right answer, .* is no choice"):
-        harness.find_tasks(manager, "boolq", tmp_path)
-
-
-YAML = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    rows: {file}
-test_split: rows
-output_type: {kind}
-doc_to_text: "{text}"
-doc_to_target: "{{{{text}}}}"
-"""
-
-
-def test_tasks_of_one_s_own_and_whole_texts(lm_eval, leaves, toy, data, monkeypatch, capsys):
-    """A folder of yaml files: a group has the mean of its tasks, whole texts are not pruned."""
-    file, only_these = data / "lambada.jsonl", lm_eval.tasks.TaskManager
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager",
-                        lambda include_path: only_these(None, include_path, False))
-    for name in "abc":
-        kind, text = "loglikelihood", "The baker"
-        if name == "c":
-            kind, text = "loglikelihood_rolling", ""
-        (data / f"{name}.yaml").write_text(YAML.format(name=name, file=file, kind=kind, text=text))
-    (data / "group.yaml").write_text("group: both\ntask: [a, b]\naggregate_metric_list:\n"
-                                     "  - metric: acc\n")
-    words = ["--tasks-dir", data, "--limit", 3, "--quiet", "--scorers", "full"]
-    monkeypatch.setattr("sys.argv", ["lab/harness.py", *map(str, words), "--tasks", "both", "c"])
-    harness.main()
-    told = capsys.readouterr().out
-    assert "both, 6 rows" in told and "c, 3 rows" in told and "word_perplexity" in told
-    told = leaves("lab.harness", *words, "random", "--tasks", "c")
-    assert "there is no prompt to prune" in told
+def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("sys.argv", ["lab/harness.py", "--tasks", "piqa"])
+    with pytest.raises(ImportError, match="pip install lm_eval==0.4.13"):
+        harness.main()
 
 
 # --------------------------------------------------------------------- beside lm_eval's own reading
 
 
-@pytest.fixture(scope="module")
-def both(manager):
-    """SmolLM2 as our model of lm_eval, and as its own."""
-    from lm_eval.models.huggingface import HFLM
-    model = load("smollm2", torch.float32, "cpu")
-    setup = Setup(model, Schedule.scaled(30), tokenizer=Tokenizer("smollm2"))
-    theirs = HFLM(pretrained=str(SMOLLM2), dtype="float32", device="cpu", batch_size=1)
-    return harness_model(Reader(setup, "full")), theirs
-
-
 @pytest.mark.real
 @real_weights
 @needs("transformers")
 @needs("accelerate")
-@pytest.mark.parametrize("task", ROWS)
-def test_every_likelihood_is_that_of_lm_eval_s_own_model(manager, both, data, task):
-    ours, theirs = both
-    name = "lambada_openai" if task == "lambada" else task
-    task, = harness.find_tasks(manager, name, data)["tasks"].values()
-    task.build_all_requests(limit=3)
-    asked = [instance.args for instance in task.instances]
-    for pair in asked:
-        assert ours._encode_pair(*pair) == theirs._encode_pair(*pair)
-    assert ours.prefix_token_id == theirs.prefix_token_id
-    requests = [request(*args) for args in [*asked, ("", "The end")]]
+def test_all_is_as_lm_eval_s_own_model_says_it(manager, make, data):
+    """Likelihoods of pairs and of whole texts, and what is written."""
+    from lm_eval.models.huggingface import HFLM
+    theirs = HFLM(pretrained=str(SMOLLM2), dtype="float32", device="cpu", batch_size=1)
+    ours = make(setup=Setup(load("smollm2", torch.float32, "cpu"), Schedule.scaled(30),
+                            tokenizer=Tokenizer("smollm2")))
+    requests = asked(("", "The end"))
+    for name in ("winogrande", "boolq", "lambada_openai"):
+        task = harness.find_tasks(manager, name, data)["tasks"][name]
+        task.build_all_requests(limit=3)
+        requests += task.instances
     for (value, chosen), (own, own_chosen) in zip(ours.loglikelihood(requests),
                                                   theirs.loglikelihood(requests), strict=True):
         assert value == pytest.approx(own, abs=1e-3) and chosen == own_chosen
-    whole = [request("The keeper looked at the sea, which was rising.")]
+    whole = asked(("The keeper looked at the sea, which was rising.",))
     expected = theirs.loglikelihood_rolling(whole)
     assert ours.loglikelihood_rolling(whole) == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.real
-@real_weights
-@needs("transformers")
-@needs("accelerate")
-def test_what_it_writes_is_what_lm_eval_s_own_model_writes(both):
-    ours, theirs = both
-    options = [{"until": ["."], "max_gen_toks": 12}, {"until": ["\n\n"], "max_gen_toks": 12}]
-    asked = [request("The keeper looked at the sea and", one) for one in options]
-    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    begun = asked(*(("The keeper looked at the sea and", {"until": [stop], "max_gen_toks": 12})
+                    for stop in (".", "\n\n")))
+    assert ours.generate_until(begun) == theirs.generate_until(begun)

@@ -1,152 +1,137 @@
-"""How answers are read after a pruned prompt, what the table adds up, and runs that go on."""
-import argparse
+"""lab/quality.py: arms, answers after a pruned prompt, what the table adds up, runs that go on."""
 import json
 import math
-from functools import partial
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import SCHEDULE, TOY, command
+from conftest import SCHEDULE, command, predictors_for, tiny_model
 from infer import generate
 from lab import quality
-from lab.quality import Metric, Setup, measure, measure_rows, parse_arm, ratio, read_answers
-from lab.scorers import earliest_scorer, random_scorer
+from lab.caches import H2OCache, h2o
+from lab.quality import Setup, measure, parse_arm, prepare, ratio, read_answers, shortened
+from lab.scorers import one_cut, random_scorer
 from lab.tasks import Answer, Item
-from model import KVCache, Tokenizer
-from prune import Schedule, nll, prefill
-from support.caches import H2OCache, h2o
-from support.data import encode_row
-from support.options import add_pruning_arguments, command_parser
-from support.saved import load_pruning
+from model import KVCache
+from prune import UNPRUNED, nll
+from saliency import saliency
+from support import options
+from support.runs import Measured
+
+MODEL = tiny_model()
+SETUP = Setup(MODEL, SCHEDULE, predictors_for(MODEL))
+PROMPT = torch.randint(0, 90, (1, 48), generator=torch.Generator().manual_seed(1))
+ITEM = Item(PROMPT[0].tolist(), [Answer([3, 4, 5], 0)])
 
 
 # -------------------------------------------------------------------------------------------- arms
 
 
-def test_arms():
+def test_names_of_arms():
     assert parse_arm("oracle:norm_g", 9) == ("oracle:norm_g", 9, KVCache, False)
-    assert parse_arm("full", 9) == ("full", 9, KVCache, False)
+    assert parse_arm("prior:-0.5@cut", 9) == ("prior:-0.5", 9, KVCache, True)
     assert parse_arm("random@12", 9).stages == 9
-    scorer, stages, cache, cut = parse_arm("predictor@5+h2o", 9, 0.3)
-    assert (scorer, stages, cache.func, cut) == ("predictor", 5, H2OCache, False)
+    scorer, stages, cache, _ = parse_arm("predictor@5+h2o", 9, 0.3)
+    assert (scorer, stages, cache.func) == ("predictor", 5, H2OCache)
     assert cache.keywords == {"share": 0.3, "heavy": 0.5}
-    local = parse_arm("full+local", 9, 0.2)
-    assert local[:2] == ("full", 9) and local.cache.keywords == {"share": 0.2, "heavy": 0.0}
+    assert parse_arm("full+local", 9, 0.2).cache.keywords == {"share": 0.2, "heavy": 0.0}
 
 
 @pytest.mark.parametrize("name", ["nonsense", "oracle:none", "full+", "random@x", "compress@0",
-                                  "full+h2o@3", ""])
+                                  "full+h2o@3", "prior:", "norm:2", ""])
 def test_arms_that_say_nothing_are_refused(name):
     with pytest.raises(ValueError, match="unknown scorer"):
         parse_arm(name, 9)
 
 
-@pytest.mark.parametrize("n", [400, 1000])
-@pytest.mark.parametrize("schedule", [Schedule.scaled(12), Schedule.scaled(30), Schedule()])
-def test_one_cut_costs_as_much_as_the_stages(schedule, n):
-    blocks = {3: 32, 2: 30}.get(schedule.step, 12) if schedule.first > 2 else 12
-    arm = parse_arm("earliest@cut", schedule.stages)
-    cut = arm.schedule(schedule, blocks)
-    assert cut.after(blocks) == schedule.after(blocks)[:1]
-    ours, theirs = sum(cut.counts(n, blocks)), sum(schedule.counts(n, blocks))
-    assert abs(ours - theirs) <= blocks
-    assert arm.schedule(Schedule(stages=0), blocks) == Schedule(stages=0)
+def prepared(name, known=None):
+    """-> text, (schedule, scorer, cache), keep."""
+    return prepare(SETUP, parse_arm(name, 4), PROMPT, ITEM, 7, known or {})[:3]
 
 
-def test_truncation_keeps_the_first_and_the_protected(tokens):
-    text = quality.truncate(tokens[:1], SCHEDULE, 6)
-    k = round(sum(SCHEDULE.counts(60, 6)) / 6)
-    assert text.tolist() == torch.cat((tokens[:1, :k - 6], tokens[:1, -6:]), 1).tolist()
+def test_what_an_arm_makes_of_a_prompt():
+    assert prepared("full") == (PROMPT, (UNPRUNED, None, KVCache), 1.0)
+    assert prepared("full+local")[1][2].keywords["heavy"] == 0.0
+    assert prepared("random@2")[1][0].after(6) == [1, 2]
+    assert prepared("random@cut")[1][0] == one_cut(SCHEDULE, 6)
+    text, (schedule, scorer, _), keep = prepared("random")
+    assert text is PROMPT and schedule == SCHEDULE
+    assert keep == sum(SCHEDULE.counts(48, 6)) / 6 / 48
+    x, pos = torch.zeros(1, 48, 48), torch.arange(48)[None]
+    assert torch.equal(scorer(1, x, pos), random_scorer(7)(1, x, pos))
 
 
-def test_default_arms_suit_the_task():
-    own = ["full", "predictor", "prior"]
-    rules = ["random", "recent", "earliest", "norm"]
-    attention = ["attention", "attention16", "expected"]
-    oracles = ["oracle:norm_gx", "oracle:norm_g", "oracle:abs_dot"]
-    arms = partial(quality.default_arms, trained=True, prior=0.5, tp=False)
-    assert arms("nll") == [*own, *rules, *attention, *oracles]
-    assert arms("nll", prior=0.0) == [*own[:2], *rules, *attention, *oracles]
-    assert arms("nll", tp=True) == [*own, *rules, *oracles]
-    assert arms("text") == [*own, *rules, "attention", "oracle:norm_gx"]
-    assert arms("lambada") == [*own, "random", "recent", "attention"]
-    assert arms("lambada", tp=True, trained=False) == ["full", "random", "recent"]
-    assert arms("long") == [*own, "compress", "random", "recent"]
-    assert arms("long", trained=False) == ["full", "random", "recent"]
+def test_truncation_and_compression_keep_the_mean_count_and_the_protected():
+    k = round(sum(SCHEDULE.counts(48, 6)) / 6)
+    first = torch.cat((PROMPT[:, :k - 5], PROMPT[:, -5:]), 1)
+    for name, equal in (("truncate", True), ("compress", False)):
+        text, arm, keep = prepared(name)
+        assert arm == (UNPRUNED, None, KVCache) and keep == k / 48 and text.shape == (1, k)
+        assert torch.equal(text[:, -5:], PROMPT[:, -5:]) and torch.equal(text, first) == equal
+
+    def scorer(s, x, pos):      # stage 1 alone prefers late tokens; how far does not count
+        return (pos if s == 1 else -pos).float() / 10 ** s
+    assert torch.equal(shortened(MODEL, PROMPT, SCHEDULE, scorer), first)
+
+
+def test_an_oracle_reads_the_saliency_of_the_first_answer_once_a_row():
+    tokens, pos = torch.tensor([ITEM.prompt + [3, 4, 5]]), torch.tensor([[0, 7, 40]])
+    s = saliency(MODEL, tokens, 48, SCHEDULE.after(6), "norm_g")
+    assert torch.equal(prepared("oracle:norm_g")[1][1](3, None, pos), s[2, pos])
+    again = prepared("oracle:norm_g@2", {"oracle:norm_g": s + 1})
+    assert torch.equal(again[1][1](3, None, pos), s[2, pos] + 1)
 
 
 # ----------------------------------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize("cache", [KVCache, h2o(1.0)])
-def test_answers_are_read_on_the_same_caches(tiny, tokens, cache):
+def test_answers_are_read_on_the_same_caches(cache):
     """Each is as likely as in a pass of its own; H2O that keeps everything changes nothing."""
-    prompt = tokens[:1, :48]
     answers = [Answer([3, 4, 5], 0), Answer([7], 0), Answer([9, 8, 7, 6], 2)]
-    found, seconds = read_answers(tiny, prompt, answers, SCHEDULE, random_scorer(4), cache)
-    assert seconds > 0
+    found, _ = read_answers(MODEL, PROMPT, answers, SCHEDULE, random_scorer(4), cache)
     for answer, (value, count, chosen) in zip(answers, found, strict=True):
-        row = torch.cat((prompt, torch.tensor([answer.tokens])), 1)
-        alone = nll(tiny, row, 48, SCHEDULE, random_scorer(4))[0, answer.start:]
+        row = torch.cat((PROMPT, torch.tensor([answer.tokens])), 1)
+        alone = nll(MODEL, row, 48, SCHEDULE, random_scorer(4))[answer.start:]
         assert value == pytest.approx(-alone.sum().item(), abs=1e-4)
         assert count == len(alone) and not chosen
 
 
 @pytest.mark.parametrize("cache", [KVCache, h2o(0.4), h2o(0.4, 0.0)])
-def test_an_answer_does_not_depend_on_those_before_it(tiny, tokens, cache):
-    answers = [Answer([9, 8, 7, 6], 2), Answer([3, 4, 5], 0), Answer([9, 8, 7, 6], 2)]
-
+def test_an_answer_does_not_depend_on_those_before_it(cache):
     def read(some):
-        return read_answers(tiny, tokens[:1], some, SCHEDULE, random_scorer(4), cache)[0]
-    together = read(answers)
-    assert together == [read([answer])[0] for answer in answers]
+        return read_answers(MODEL, PROMPT, some, SCHEDULE, random_scorer(4), cache)[0]
+    answers = [Answer([9, 8, 7, 6], 2), Answer([3, 4, 5], 0), Answer([9, 8, 7, 6], 2)]
+    assert read(answers) == [read([answer])[0] for answer in answers]
 
 
-def test_an_answer_under_h2o_is_what_decode_would_say(tiny, tokens):
-    said = generate(tiny, tokens[:1], 8, cache=h2o(0.4), eos=()).tokens
-    whole = generate(tiny, tokens[:1], 8, eos=()).tokens
-    assert said != whole and said[0] == whole[0]
-    answers = [Answer(said, 0), Answer(whole, 0)]
-    found, _ = read_answers(tiny, tokens[:1], answers, cache=h2o(0.4))
-    assert [chosen for _, _, chosen in found] == [True, False]
+def test_an_answer_is_chosen_where_decode_would_say_it():
+    kinds = (h2o(0.4), KVCache)
+    said = [generate(MODEL, PROMPT, 8, cache=cache, eos=()).tokens for cache in kinds]
+    assert said[0] != said[1] and said[0][0] == said[1][0]
+    for cache, right in zip(kinds, ([True, False], [False, True])):
+        found, _ = read_answers(MODEL, PROMPT, [Answer(each, 0) for each in said], cache=cache)
+        assert [chosen for _, _, chosen in found] == right
 
 
-def test_greedy_answer_is_recognised(tiny, tokens):
-    said = generate(tiny, tokens[:1], 3).tokens
-    found, _ = read_answers(tiny, tokens[:1], [Answer(said, 0)])
-    assert found[0][2]
+def test_weights_that_are_not_finite_are_said_with_row_and_arm():
+    model = tiny_model()
+    model.blocks[0].down.weight.data[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"^row 3: full \(the logits are not finite"):
+        measure(Setup(model, SCHEDULE), ITEM, ["full"], 2)
 
 
-def test_compression_keeps_the_mean_count_and_the_protected(tiny, tokens):
-    short = quality.compress(tiny, tokens[:1], SCHEDULE, earliest_scorer())
-    k = round(sum(SCHEDULE.counts(60, 6)) / 6)
-    expected = torch.cat((tokens[:1, :k - 6], tokens[:1, -6:]), 1)
-    assert short.tolist() == expected.tolist()
-
-
-def test_every_arm_on_the_toy():
-    tokenizer = Tokenizer("toy")
-    parser = command_parser("")
-    add_pruning_arguments(parser)
-    args = parser.parse_args(["--predictors", "checkpoints/toy"])
-    model, schedule, predictors, _ = load_pruning(args)
-    row = json.loads((TOY / "train.jsonl").read_text().splitlines()[-1])
-    item = quality.as_item(encode_row(tokenizer, row))._replace(texts=(row["response"],))
-    names = ["full", "full+h2o", "full+local", "predictor", "prior", "predictor@3",
-             "predictor+h2o", "compress", "random", "oracle:norm_gx"]
-    setup = Setup(model, schedule, predictors, 0.5, new_tokens=12, tokenizer=tokenizer)
-    found = measure(setup, item, names, 0)
-    assert list(found) == names
-    assert found["full"]["score"] == found["predictor"]["score"] == 1.0
-    assert found["full"]["answers"][0][2]
-    assert found["full"]["keep"] == found["full+h2o"]["keep"] == 1.0
-    assert found["predictor"]["keep"] < found["predictor@3"]["keep"] < 1.0
-    assert found["compress"]["keep"] == pytest.approx(found["predictor"]["keep"], abs=0.01)
-    for arm in found.values():
-        assert arm["prefill_s"] > 0 and arm["e2e_s"] > arm["prefill_s"]
-    _, caches, _ = prefill(model, torch.tensor([item.prompt]))
-    assert caches[0].n == len(item.prompt)
+def test_an_answer_in_own_words_ends_at_eos():
+    made = generate(MODEL, PROMPT, 6, eos=()).tokens
+    said = str(made[:made.index(made[3])])
+    setup = Setup(tiny_model(eos=(made[3],)), SCHEDULE, new_tokens=6,
+                  tokenizer=SimpleNamespace(decode=str), score=lambda a, b: float(a == b))
+    for texts, score in ((("no", said), 1.0), (("no",), 0.0)):
+        found = measure(setup, ITEM._replace(texts=texts), ["full", "recent"], 0)
+        assert (found["full"]["said"], found["full"]["score"]) == (said, score)
+        assert all(arm["e2e_s"] > arm["prefill_s"] > 0 for arm in found.values())
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -160,217 +145,138 @@ def test_ratio_estimator():
     assert ratio(shares, [1.0] * 50) == pytest.approx((0.6, math.sqrt(0.24 / 49)))
 
 
-def row_of(sums, **more):
-    """A measured row: {arm: negative log-likelihoods of two answers of 4 tokens}."""
-    return {arm: {"answers": [[-a, 4, False], [-b, 4, True]], "keep": 0.5, **more}
-            for arm, (a, b) in sums.items()}
-
-
-def test_an_accuracy_has_a_difference_and_no_share():
-    done = [row_of({"full": (1, 2), "random": (3, 2)}), row_of({"full": (3, 2), "random": (1, 2)})]
-    done[0]["full"]["answers"][0][2] = done[1]["random"]["answers"][0][2] = True
-    table = quality.table(done, ["full", "random"], "lambada")
-    rows = {(row["scorer"], row["metric"]): row for row in table}
-    assert rows["full", "acc"]["value"] == rows["random", "acc"]["value"] == 0.5
-    assert rows["random", "acc"]["vs_full"] == 0.0
-    assert rows["random", "acc"]["vs_full_stderr"] == 1.0
-    assert "share_of_gap" not in rows["random", "acc"]
+def row_of(sums, chosen=(), **more):
+    """A measured row: {arm: the negative log-likelihood of an answer of 4 tokens}."""
+    return {arm: {"answers": [[-value, 4, arm in chosen]], "keep": 0.5, **more}
+            for arm, value in sums.items()}
 
 
 def test_table_of_likelihoods(capsys):
-    done = [row_of({"full": (4, 0), "recent": (6, 0), "random": (8, 0)})] * 3
-    table = quality.table(done, ["full", "recent", "random"], "nll")
-    full, recent, random = table
-    assert full == {"scorer": "full", "metric": "nll", "value": 1.0, "stderr": 0.0, "n": 3,
-                    "mean_keep": 0.5}
-    assert recent["vs_full"] == 0.5 and recent["vs_full_stderr"] == 0.0
-    assert recent["share_of_gap"] == 0.5 and recent["share_stderr"] == 0.0
-    assert random["vs_full"] == 1.0 and "share_of_gap" not in random
-    quality.show(table)
-    out = capsys.readouterr().out.splitlines()
-    assert out[1].split() == ["scorer", "nll", "kept", "against", "full", "share", "of", "gap"]
-    assert [text.split()[0] for text in out[2:]] == ["full", "recent", "random"]
-    assert out[3].split()[1:] == ["1.500", "+-", "0.000", "50.0%", "+0.500", "+-", "0.000",
-                                  "50.0%", "+-", "0.0%"]
+    """Every row has its own level, but the same differences: they have no error."""
+    done = [row_of({"full": 4 + i, "predictor": 6 + i, "recent": 7 + i, "random": 8 + i})
+            for i in range(3)]
+    table = quality.table(done, list(done[0]), "nll")
+    level = pytest.approx(math.sqrt((1 + 0 + 1) * 3 / 2) / 12)
+    for row, values in zip(table, [(1.25, None, None, -0.5), (1.75, 0.5, 0.5, None),
+                                   (2.0, 0.75, 0.25, 0.25), (2.25, 1.0, None, 0.5)], strict=True):
+        columns = ("value", "vs_full", "share_of_gap", "predictor_ahead")
+        assert tuple(row.get(name) for name in columns) == values
+        errors = [row[name] for name in row if name.endswith("_stderr")]
+        assert errors == [0.0] * (3 - values.count(None)) and row["stderr"] == level
+        assert (row["metric"], row["n"], row["mean_keep"]) == ("nll", 3, 0.5)
+    quality.show(table[::-1])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [text.split()[0] for text in lines] == list(done[0])
+    assert " ".join(lines[2].split()[1:]) == (
+        "2.000 +- 0.144 50.0% +0.750 +- 0.000 25.0% +- 0.0% +25.0% +- 0.0%")
 
 
-def test_how_far_the_predictors_are_ahead_is_paired_by_row(capsys):
-    """Every row has its own level, but the same lead: no error."""
-    done = [row_of({"full": (4 + i, 0), "predictor": (6 + i, 0), "recent": (7 + i, 0),
-                    "random": (8 + i, 0)}) for i in range(3)]
-    table = quality.table(done, ["full", "predictor", "recent", "random"], "nll")
-    leads = {row["scorer"]: (row.get("predictor_ahead"), row.get("predictor_ahead_stderr"))
-             for row in table}
-    assert leads == {"full": (-0.5, 0.0), "predictor": (None, None), "recent": (0.25, 0.0),
-                     "random": (0.5, 0.0)}
-    quality.show(table)
-    out = capsys.readouterr().out
-    assert "predictor ahead by" in out and "+25.0% +- 0.0%" in out
-
-
-def test_shares_by_the_length_of_the_answer(capsys):
-    """Short answers at a half of the gap, long ones at a quarter; a single middling one is none."""
-    def rows(tokens, recent, n):
-        arms = {"full": 4, "recent": recent, "random": 8}
-        return [{arm: {"answers": [[-value, tokens, False]], "keep": 0.5}
-                 for arm, value in arms.items()}] * n
-
-    done = [*rows(24, 6, 3), *rows(64, 5, 1), *rows(65, 7, 2)]
-    arms = ["full", "recent", "random"]
-    short, long = groups = quality.by_answer(done, arms, "nll")
-    assert (short["tokens"], short["n"]) == ([1, 24], 3)
-    assert (long["tokens"], long["n"]) == ([65, None], 2)
-    shares = [{row["scorer"]: row.get("share_of_gap") for row in one["rows"]} for one in groups]
-    assert shares == [{"full": None, "recent": share, "random": None} for share in (0.5, 0.25)]
-    quality.show_answers(groups)
-    head, recent = capsys.readouterr().out.splitlines()[1:]
-    assert "1 to 24 tokens (3)" in head and "65 tokens or more (2)" in head
-    assert recent.split() == ["recent", "50%", "+-", "0%", "25%", "+-", "0%"]
-
-
-def test_nothing_is_said_by_length_where_there_is_one_group_no_gap_or_another_task():
-    done = [row_of({"full": (4, 0), "recent": (6, 0), "random": (8, 0)})] * 3
-    two = done + [{arm: {"answers": [[-4, 99, False]], "keep": 0.5} for arm in done[0]}] * 2
-    assert quality.by_answer(done, ["full", "recent", "random"], "nll") == []
-    assert quality.by_answer(two, ["full", "recent"], "nll") == []
-    assert quality.by_answer(two, ["full", "recent", "random"], "text") == []
-    assert len(quality.by_answer(two, ["full", "recent", "random"], "nll")) == 2
+def test_an_accuracy_has_a_difference_and_no_share():
+    sums = {"full": 1, "random": 3}
+    table = quality.table([row_of(sums, ["full"]), row_of(sums, ["random"])], list(sums), "lambada")
+    assert [row["metric"] for row in table] == ["nll", "nll", "acc", "acc"]
+    assert [row["value"] for row in table[2:]] == [0.5, 0.5]
+    assert (table[3]["vs_full"], table[3]["vs_full_stderr"]) == (0.0, 1.0)
+    assert "share_of_gap" not in table[3]
 
 
 def test_table_of_long_prompts():
-    full = row_of({"full": (4, 0)}, score=1.0, prefill_s=3.0, e2e_s=8.0)
-    done = [full | row_of({"recent": (8, 0)}, score=0.25, prefill_s=1.0, e2e_s=4.0)] * 2
+    full = row_of({"full": 4}, score=1.0, prefill_s=3.0, e2e_s=8.0)
+    done = [full | row_of({"recent": 8}, score=0.25, prefill_s=1.0, e2e_s=4.0)] * 2
     table = quality.table(done, ["full", "recent"], "long", "rouge_l")
-    values = {(row["scorer"], row["metric"]): row["value"] for row in table}
-    assert values == {
-        ("full", "rouge_l"): 1.0, ("recent", "rouge_l"): 0.25,
-        ("full", "nll"): 1.0, ("recent", "nll"): 2.0,
-        ("full", "prefill_speedup"): 1.0, ("recent", "prefill_speedup"): 3.0,
-        ("full", "e2e_speedup"): 1.0, ("recent", "e2e_speedup"): 2.0}
-    assert [row["scorer"] for row in table if "vs_full" in row] == ["recent", "recent"]
+    assert {row["metric"]: row["value"] for row in table if row["scorer"] == "recent"} == {
+        "rouge_l": 0.25, "nll": 2.0, "prefill_speedup": 3.0, "e2e_speedup": 2.0}
+    assert [row["metric"] for row in table if "vs_full" in row] == ["nll", "rouge_l"]
 
 
-def test_lambada_counts_the_models_own_choice():
-    done = [row_of({"full": (4, 0)}), row_of({"full": (2, 0)})]
-    done[1]["full"]["answers"][0][2] = True
-    found = quality.metrics(done, "full", "lambada")
-    assert found == {"acc": Metric([0.0, 1.0], [1.0, 1.0]), "nll": Metric([4, 2], [4, 4])}
+def test_needles_by_length_and_depth(capsys):
+    done = [row_of({"full": 4 * i, "random": 40}) for i in range(4)]
+    found = quality.cells(done, ["full", "random"], [100, 2000], [0, 50])
+    places = [(100, 0), (100, 50), (2000, 0), (2000, 50)]
+    assert found == [{"length": n, "depth": depth, "full": math.exp(-i), "random": math.exp(-10)}
+                     for i, (n, depth) in enumerate(places)]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["2,000", "50%", "0.05", "0.00"]
 
 
 # -------------------------------------------------------------------------------- runs that go on
 
 
-def answers_of(rows, names):
-    return [[row[name]["answers"] for name in names] for row in rows]
+def test_odd_rows_meet_the_arms_in_reverse(monkeypatch):
+    monkeypatch.setattr(quality, "measure_arm", lambda setup, item, name, *rest: rest[0])
+    assert list(measure(SETUP, ITEM, ["full", "random"], 2).items()) == [("full", 2), ("random", 2)]
+    assert list(measure(SETUP, ITEM, ["full", "random"], 3)) == ["random", "full"]
 
 
-def test_a_killed_run_goes_on_and_measures_no_row_twice(tiny, tmp_path, monkeypatch):
-    setup, names = Setup(tiny, SCHEDULE), ["full", "random"]
-    items = [Item(list(range(20 + i)), [Answer([5, 6], 0)]) for i in range(4)]
-    log = tmp_path / "rows.jsonl"
-    whole = measure_rows(setup, items, names, tmp_path / "whole.jsonl", "settings")
-    measure_rows(setup, items[:2], names, log, "settings")
-    with log.open("a") as f:
-        f.write('{"full": {"answers": [[-1')    # a kill in the middle of a line
-    seeds = []
+def test_a_killed_run_goes_on_and_measures_no_row_twice(tmp_path, monkeypatch):
+    items = [Item(list(range(20 + i)), ITEM.answers) for i in range(4)]
+    log, numbers = tmp_path / "rows.jsonl", []
 
-    def counting(setup, item, names, seed):
-        seeds.append(seed)
-        return measure(setup, item, names, seed)
-    monkeypatch.setattr(quality, "measure", counting)
-    again = measure_rows(setup, items, names, log, "settings")
-    assert seeds == [2, 2, 3]                   # the first is the warm-up
-    assert answers_of(again, names) == answers_of(whole, names)
+    def rows(path, n):
+        store = Measured(path, "settings")
+        return quality.measure_rows(SETUP, items[:n], ["full", "random"], store)
+    whole = rows(tmp_path / "whole.jsonl", 4)
+    rows(log, 2)
+    with log.open("a") as file:
+        file.write('["d1", {"full": {"answers": [[-1')      # a kill in the middle of a line
+    monkeypatch.setattr(quality, "measure",
+                        lambda *given: numbers.append(given[-1]) or measure(*given))
+    for _ in range(2):
+        assert rows(log, 4) == whole and numbers == [2, 3]
     assert len(log.read_text().splitlines()) == 5
-    seeds.clear()
-    assert measure_rows(setup, items, names, log, "settings") == again and not seeds
-    with pytest.raises(ValueError, match="belong to another command"):
-        measure_rows(setup, items, names, log, "other settings")
-
-
-def test_rows_of_another_format_are_another_commands(tiny):
-    args, setup = argparse.Namespace(task="lambada", data=None), Setup(tiny, SCHEDULE)
-    texts = [quality.identity(args, ["full"], setup, Item([1, 2], [Answer(tokens, 0)]))
-             for tokens in ([3], [3], [9, 3])]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("text, message", [
-    ('settings\n{"row": 1}\n', "its rows are not in order"),
-    ('settings\n{"row": 0}\nrow\n', "line 3: not valid JSON"),
-    ('settings\n{"row": 0}\n[]\n', "line 3: expected a JSON object"),
-    ("", "belong to another command"),
-    ("settings", "belong to another command"),
-])
-def test_a_damaged_rows_file_is_refused_and_left_alone(tmp_path, text, message):
-    log = tmp_path / "rows.jsonl"
-    log.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        quality.stored_rows(log, "settings")
-    assert log.read_text() == text
 
 
 @pytest.mark.beside
 def test_the_command_goes_on_with_a_larger_limit(tmp_path):
-    log = tmp_path / "rows.jsonl"
-    words = ("-m", "lab.quality", "--scorers", "full", "random", "predictor", "--rows-file", log,
-             "--json")
+    words = ("-m", "lab.quality", "--scorers", "full", "predictor", "random", "--json",
+             "--rows-file", tmp_path / "rows.jsonl", "--predictors", "checkpoints/toy")
     for limit, more in ((1, ()), (3, ("--quiet",))):        # which changes nothing of the rows
         code, out, err = command(*words, "--limit", limit, *more)
         assert code == 0, err
-        result = json.loads(out)
-        assert [row["scorer"] for row in result["rows"]] == ["full", "random", "predictor"]
-        for row in result["rows"]:
-            assert row["n"] == limit
-            assert {"metric", "value", "stderr", "n", "mean_keep"} <= set(row)
-    assert "1 rows are in" in err and len(log.read_text().splitlines()) == 4
-    assert result["command"].startswith("python -m lab.quality --scorers full random")
+        full, predictor, random = json.loads(out)["rows"]
+        assert full["n"] == limit and predictor["scorer"] == "predictor"
+    assert "1 results are in" in err
+    assert max(full["value"], predictor["value"]) < 0.01 < 0.5 < random["value"]
+    code, out, err = command(*words, "--limit", 1, "--split", "validation")
+    assert code == 0 and json.loads(out)["rows"][0]["value"] != full["value"], err
+    code, _, err = command(*words, "--keep", 0.8)
+    assert code == 1 and "belongs to another command" in err
 
 
-def test_a_task_with_words_of_its_own(tmp_path):
-    rows = [{"context": f"Clara sells {what}. The fog moved.", "input": "What does Clara sell?",
-             "answers": [what]} for what in ("cups", "hats")]
-    data = tmp_path / "l.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, err = command("-m", "lab.quality", "--task", "long", "--data", data, "--json",
-                             "--max-new-tokens", 4, "--rows-file", tmp_path / "rows")
-    assert code == 0, err
-    found = json.loads(out)["rows"]
-    metrics = list(dict.fromkeys(row["metric"] for row in found))
-    assert metrics == ["f1", "nll", "prefill_speedup", "e2e_speedup"]
-    assert [row["scorer"] for row in found][:4] == ["full", "predictor", "compress", "random"]
+@pytest.mark.parametrize("task, metrics", [
+    ("long", ["nll", "f1", "prefill_speedup", "e2e_speedup"]), ("lambada", ["nll", "acc"]),
+    ("text", ["nll"]), ("needle", ["nll", "acc"])])
+def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
+    text, result = "The fog moved behind the green mirrors. " * 20, {}
+    row = {"text": text, "context": text, "input": "What moved?", "answers": ["The fog"]}
+    data = tmp_path / "d.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 2)
+    monkeypatch.setattr(options, "print_json", lambda args, model, told: result.update(told))
+    arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot"]
+    words = f"quality.py --task {task} --data {data} --max-prompt 100 --max-response 9 --depths 0"
+    words += f" 100 --lengths 150 --max-new-tokens 3 --rows-file {tmp_path / 'rows'} --scorers"
+    monkeypatch.setattr(sys, "argv", [*words.split(), *arms])
+    quality.main()
+    found = [(row["metric"], row["scorer"]) for row in result["rows"]]
+    assert found == [(metric, arm) for metric in metrics for arm in arms]
+    assert len(result.get("cells", ())) == (2 if task == "needle" else 0)
 
 
 @pytest.mark.parametrize("words, message", [
     (("--ckpt", "random:llama-7b"), "random weights are for timings"),
-    (("--task", "lambada"), "--task lambada needs --data"),
+    (("--task", "lambada"), "'text' is missing"),
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
-    (("--scorers", "predictor", "--first", 3), "predictors stand after blocks"),
     (("--data", "none.jsonl"), "no such data file"),
-    (("--rouge", "--task", "text", "--data", "p.jsonl"), "--task text generates no text"),
+    (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
+     "position 2048 is past this model's 2048 positions"),
 ])
-def test_bad_input_ends_in_one_line(leaves, words, message):
-    ended = leaves("lab/quality.py", *words)
-    assert isinstance(ended, str) and message in ended
-    assert len(ended.splitlines()) == 1 and ended.startswith("quality.py: ")
-
-
-def test_a_row_beyond_the_models_positions_is_named_before_the_work(leaves, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line_before_the_work(leaves, tmp_path, monkeypatch, capsys, words,
+                                                    message):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, "measure", None)
-    text = "The fog moved behind the green mirrors. " * 400
-    rows = {"text": [{"text": text}],
-            "lambada": [{"text": "a short one"}, {"text": text}]}
-    words = {"text": ("--max-prompt", 2000, "--max-response", 50), "lambada": ()}
-    for task, number in (("text", 1), ("lambada", 2)):
-        data = tmp_path / f"{task}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
-        ended = leaves("lab/quality.py", "--task", task, "--data", data, *words[task])
-        assert ended.startswith(f"quality.py: row {number}: a prompt of ")
-        assert "more than this model's 2,048 positions" in ended
-        assert len(ended.splitlines()) == 1
-
-
-def test_a_limit_is_a_number(leaves, capsys):
-    assert leaves("lab/quality.py", "--limit", "x") == 2
-    assert "expected a whole number, at least" in capsys.readouterr().err
+    with open("long.jsonl", "w") as file:
+        file.write(json.dumps({"text": "The fog moved behind the green mirrors. " * 400}))
+    ended = str(leaves("lab/quality.py", *words)) + capsys.readouterr().err
+    assert f"quality.py: {ended.partition('quality.py: ')[2]}" in ended
+    assert message in ended and "Traceback" not in ended

@@ -1,183 +1,144 @@
-"""lab/scorers.py: what else may rank the tokens, and how a prior is added."""
+"""lab/scorers.py: every scorer against a slow loop, and one cut that costs what stages cost."""
 import copy
-from itertools import product
+import math
 
 import pytest
 import torch
 
-from conftest import SCHEDULE, close, predictors_for
-from lab.scorers import (SCORERS, attention_scorer, expected_scorer, make_scorer, oracle_scorer,
-                         random_scorer, ranks, with_neighbours, with_prior)
-from model import PAD, positions, rotate
+from conftest import SCHEDULE, close, predictors_for, tiny_model
+from lab.scorers import (attention_scorer, expected_scorer, make_scorer, one_cut, oracle_scorer,
+                         with_neighbours)
+from model import rotate
 from predictor import score
-from prune import predictor_scorer, prefill
+from prune import Schedule, prefill
 from saliency import saliency
 
-
-@pytest.mark.parametrize("name", SCORERS)
-def test_every_scorer_has_the_same_signature(tiny, tokens, name):
-    x, pos = torch.randn(2, 60, 48), positions(tokens)
-    scorer = make_scorer(name, tiny, SCHEDULE, predictors_for(tiny))
-    s = scorer(0, x, pos)
-    assert s.shape == (2, 60)
-    assert torch.isfinite(s).all()
+MODEL = tiny_model()
+PREDICTORS = predictors_for(MODEL)
+N = 60
 
 
-def test_an_unknown_scorer_and_missing_predictors_are_said(tiny):
-    with pytest.raises(ValueError, match="unknown scorer"):
-        make_scorer("best", tiny, SCHEDULE)
-    with pytest.raises(ValueError, match="no trained predictors"):
-        make_scorer("predictor", tiny, SCHEDULE)
+def states(seed=0):
+    """Hidden states, and their ragged positions, of which the last is N - 1."""
+    generator = torch.Generator().manual_seed(seed)
+    pos = torch.randperm(N - 1, generator=generator)[:40].sort().values
+    return (torch.randn(1, 41, 48, generator=generator),
+            torch.cat((pos, torch.tensor([N - 1])))[None])
 
 
-def test_the_rules_order_by_place_and_by_size(tiny):
-    size = torch.tensor([3.0, 1.0, 2.0])
-    x = size[None, :, None].expand(1, 3, 48)
-    pos = torch.tensor([[0, 4, 9]])
-    best_first = {"recent": [2, 1, 0], "earliest": [0, 1, 2], "norm": [0, 2, 1]}
-    for name, order in best_first.items():
-        scorer = make_scorer(name, tiny, SCHEDULE)
-        s = scorer(0, x, pos)[0]
-        assert s.argsort(descending=True).tolist() == order, name
+def made(name, seed=0):
+    return make_scorer(name, MODEL, SCHEDULE, PREDICTORS, seed)
 
 
-def test_the_seed_of_the_random_scorer_fixes_its_scores(tokens):
-    x, pos = torch.zeros(2, 60, 48), positions(tokens)
-    first, again, other = (random_scorer(seed)(0, x, pos) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def rank_by_counting(scores):
+    """For each of (n,) scores the share of those below it, or equal and earlier."""
+    return [sum(other < s or other == s and j < i for j, other in enumerate(scores)) / len(scores)
+            for i, s in enumerate(scores)]
 
 
-# ------------------------------------------------------------------------------------------- prior
+def test_the_predictor_of_a_stage_is_counted_from_1():
+    x, pos = states()
+    for s, predictor in enumerate(PREDICTORS, start=1):
+        assert torch.equal(made("predictor")(s, x, pos), score(predictor(x)))
 
 
-@pytest.fixture
-def states(tiny, tokens):
-    """Hidden states, their positions, and predictors for them."""
-    return torch.randn(2, 60, 48), positions(tokens), predictors_for(tiny)
+@pytest.mark.parametrize("name, expected", [
+    ("recent", lambda x, p: p), ("earliest", lambda x, p: -p),
+    ("norm", lambda x, p: math.sqrt(sum(value ** 2 for value in x)))])
+def test_rules(name, expected):
+    x, pos = states()
+    found = made(name)(1, x, pos)[0].tolist()
+    slow = [expected(token, p) for token, p in zip(x[0].tolist(), pos[0].tolist())]
+    assert found == pytest.approx(slow, rel=1e-5)
 
 
-def test_a_prior_is_added_to_the_ranks(states):
-    x, pos, predictors = states
-    s = score(predictors[0](x))
-    assert torch.equal(predictor_scorer(predictors)(0, x, pos), s)
-    found = with_prior(predictor_scorer(predictors), 0.5)(0, x, pos)
-    for b, i in product(range(2), (0, 17, 59)):
-        rank = (s[b] < s[b, i]).sum() / 60
-        early = 0.5 * (1 - i / 60)
-        assert abs(found[b, i] - (rank + early)) < 1e-6
+def test_the_seed_of_the_random_scorer_fixes_its_scores():
+    first, again, other = (made("random", seed) for seed in (1, 1, 2))
+    for _ in range(2):              # a second stage draws anew
+        scores, same, others = (scorer(1, *states()) for scorer in (first, again, other))
+        assert torch.equal(scores, same) and not torch.equal(scores, others)
 
 
-def test_a_huge_prior_keeps_the_earliest(states):
-    x, pos, predictors = states
-    found = with_prior(predictor_scorer(predictors), 1e6)(0, x, pos)
-    assert torch.equal(found.argsort(1, descending=True), pos)
+@pytest.mark.parametrize("name, weight", [("prior", 0.5), ("prior:0.2", 0.2), ("prior:-1", -1.0)])
+def test_a_prior_is_added_to_the_ranks(name, weight):
+    x, pos = states()
+    ranks = rank_by_counting(score(PREDICTORS[1](x))[0].tolist())
+    slow = [rank + weight * (1 - p / N) for rank, p in zip(ranks, pos[0].tolist())]
+    assert made(name)(2, x, pos)[0].tolist() == pytest.approx(slow, abs=1e-6)
 
 
-def test_no_prior_is_the_scorer_itself(states):
-    scorer = predictor_scorer(states[2])
-    assert with_prior(scorer, 0.0) is scorer
+@pytest.mark.parametrize("share, window", [(0.6, 33), (1.0, 5), (0.0, 9)])
+def test_neighbours_are_averaged_one_by_one(share, window):
+    x, pos = states()
+    ranks = rank_by_counting(score(PREDICTORS[0](x))[0].tolist())
+    slow = []
+    for i, rank in enumerate(ranks):
+        around = ranks[max(0, i - window // 2):i + window // 2 + 1]
+        slow.append((1 - share) * rank + share * sum(around) / len(around))
+    found = with_neighbours(made("predictor"), share, window)(1, x, pos)
+    assert found[0].tolist() == pytest.approx(slow, abs=1e-6)
+    assert share != 0.6 or torch.equal(found, made("neighbours")(1, x, pos))
 
 
-def test_the_prior_belongs_to_the_scorer_of_that_name(tiny, states):
-    x, pos, predictors = states
-    trained = predictor_scorer(predictors)
-    pairs = {"predictor": trained, "prior": with_prior(trained, 0.5)}
-    for name, scorer in pairs.items():
-        made = make_scorer(name, tiny, SCHEDULE, predictors, prior=0.5)
-        assert torch.equal(made(0, x, pos), scorer(0, x, pos)), name
+@pytest.mark.parametrize("name, last", [("attention", None), ("attention16", 16)])
+@pytest.mark.parametrize("window", [None, 11])
+def test_attention_that_a_token_receives(name, last, window):
+    """By a loop over heads and queries, in the block that is next: the third behind stage 2."""
+    model, (x, pos) = tiny_model(window=window), states()
+    q, k, _ = model.blocks[2].qkv(x, model.rope(pos, N))
+    slow, at = [0.0] * 41, pos[0].tolist()
+    for h in range(4):
+        for i in range(41 - (last or 41), 41):
+            seen = [j for j in range(i + 1) if window is None or at[i] - at[j] < window]
+            e = [math.exp(q[0, h, i] @ k[0, h // 2, j] / math.sqrt(12)) for j in seen]
+            for j, value in zip(seen, e):
+                slow[j] += value / sum(e)
+    found = make_scorer(name, model, SCHEDULE)(2, x, pos)[0]
+    assert found.tolist() == pytest.approx(slow, rel=1e-4, abs=1e-5)
+    pieces = attention_scorer(model, SCHEDULE, last, chunk=7)(2, x, pos)[0]
+    assert close(pieces, found, 1e-5)
 
 
-def test_padding_takes_the_lowest_ranks(states):
-    x, pos, predictors = states
-    scorer = with_prior(predictor_scorer(predictors), 0.5)
-    padded = pos.clone()
-    padded[1, 37:] = PAD
-    found = scorer(0, x, padded)
-    whole = scorer(0, x[:1], pos[:1])
-    short = scorer(0, x[1:, :37], pos[1:, :37])
-    assert torch.equal(found[0], whole[0])
-    assert torch.equal(found[1, :37], short[0])
-    assert found[1, 37:].max() < short.min()
-
-
-# -------------------------------------------------------------------------------------- neighbours
-
-
-@pytest.mark.parametrize("share, window", [(0.6, 33), (1.0, 5), (0.3, 61)])
-def test_neighbours_are_averaged_one_by_one(states, share, window):
-    x, pos, predictors = states
-    scorer = predictor_scorer(predictors)
-    rank = ranks(scorer(0, x, pos), pos)
-    found = with_neighbours(scorer, share, window)(0, x, pos)
-    for b, i in product(range(2), (0, 3, 31, 59)):
-        low = max(0, i - window // 2)
-        around = rank[b, low:i + window // 2 + 1]
-        mixed = (1 - share) * rank[b, i] + share * around.mean()
-        assert abs(found[b, i] - mixed) < 1e-6
-
-
-def test_alone_a_score_keeps_its_rank(states):
-    x, pos, predictors = states
-    scorer = predictor_scorer(predictors)
-    for alone in (with_neighbours(scorer, share=0.0), with_neighbours(scorer, window=1)):
-        order = alone(0, x, pos).argsort(dim=1, stable=True)
-        assert torch.equal(order, scorer(0, x, pos).argsort(dim=1, stable=True))
-
-
-def test_padding_is_nobodys_neighbour(states):
-    x, pos, predictors = states
-    scorer = with_neighbours(predictor_scorer(predictors))
-    padded = pos.clone()
-    padded[1, 37:] = PAD
-    found = scorer(0, x, padded)
-    short = scorer(0, x[1:, :37], pos[1:, :37])
-    assert close(found[1, :37], short[0], 1e-6)
-    assert found[1, 37:].max() < short.min()
-
-
-# ------------------------------------------------------------------------------ attention, saliency
-
-
-@pytest.mark.parametrize("last, queries", [(None, 60), (16, 16)])
-def test_attention_received_sums_to_heads_times_queries(tiny, tokens, last, queries):
-    x, pos = tiny.embed(tokens), positions(tokens)
-    received = attention_scorer(tiny, SCHEDULE, last)(0, x, pos)
-    assert received.sum(1).tolist() == pytest.approx([4.0 * queries] * 2, rel=1e-5)
-
-
-@pytest.mark.parametrize("last", [None, 16])
-def test_attention_is_the_same_in_chunks(tiny, tokens, last):
-    x, pos = tiny.embed(tokens), positions(tokens)
-    whole = attention_scorer(tiny, SCHEDULE, last)(0, x, pos)
-    chunks = attention_scorer(tiny, SCHEDULE, last, chunk=7)(0, x, pos)
-    assert close(whole, chunks, 1e-5)
-
-
-def test_expected_attention_is_the_mean_over_many_queries(tiny, tokens):
+def test_expected_attention_is_the_mean_over_many_queries():
     """Drawn from the Gaussian, queries at one future position give the same scores."""
-    model, after = copy.deepcopy(tiny), SCHEDULE.after(6)[0]
-    block = model.blocks[after]
+    model, (x, pos) = copy.deepcopy(MODEL), states()
+    block = model.blocks[2]
     block.q.weight.data *= 0.3      # large logits would need too many queries
-    x, pos = model.embed(tokens[:1]), positions(tokens[:1])
-    found = expected_scorer(model, SCHEDULE, future=1)(0, x, pos)
-    _, k, v = block.qkv(x, model.rope(pos, 60))
-    q = block.q(block.attn_norm(x)).unflatten(-1, (4, -1)).transpose(1, 2)[0]      # (H, n, d)
-    rope = model.rope(torch.tensor([[60]]), 61)
+    found = expected_scorer(model, SCHEDULE, future=1)(2, x, pos)
+    _, k, v = block.qkv(x, model.rope(pos, N))
+    q = block.q(block.attn_norm(x)).unflatten(-1, (4, -1)).transpose(1, 2)[0]       # (H, n, d)
+    rope = model.rope(torch.tensor([[N]]), N + 1)
     generator, scores = torch.Generator().manual_seed(0), 0.0
     for h in range(4):
         deviation = q[h] - q[h].mean(0)
-        noise = torch.randn(200_000, 60, generator=generator) @ deviation / 60 ** 0.5
+        noise = torch.randn(200_000, 41, generator=generator) @ deviation / 41 ** 0.5
         drawn = rotate((q[h].mean(0) + noise)[None, None], rope.cos, rope.sin)[0, 0]
-        key, value = k[0, h * k.shape[1] // 4], v[0, h * k.shape[1] // 4]
-        weight = torch.exp(drawn @ key.T / q.shape[-1] ** 0.5).mean(0)
-        scores = scores + weight / weight.sum() * value.norm(dim=-1)
+        weight = torch.exp(drawn @ k[0, h // 2].T / math.sqrt(12)).mean(0)
+        scores = scores + weight / weight.sum() * v[0, h // 2].norm(dim=-1)
     assert close(found[0], scores, 1e-3)
 
 
-def test_oracle_reads_the_saliency_at_original_positions(tiny, tokens):
-    s = saliency(tiny, tokens, 48, SCHEDULE.after(6))
-    _, _, trace = prefill(tiny, tokens[:, :48], SCHEDULE, oracle_scorer(s))
+def test_the_oracle_reads_the_saliency_at_original_positions():
+    tokens = torch.arange(N)[None]
+    s = saliency(MODEL, tokens, 48, SCHEDULE.after(6))
+    _, _, trace = prefill(MODEL, tokens[:, :48], SCHEDULE, oracle_scorer(s))
     assert len(trace) == 4
-    for i, stage in enumerate(trace):
-        assert torch.equal(stage.score, s[i].gather(1, stage.seen))
+    for row, stage in zip(s, trace):
+        assert stage.scores[0].tolist() == [row[p].item() for p in stage.seen[0]]
+
+
+def test_missing_predictors_are_said():
+    for name in ("predictor", "prior:2", "neighbours"):
+        with pytest.raises(ValueError, match="no trained predictors"):
+            make_scorer(name, MODEL, SCHEDULE)
+
+
+@pytest.mark.parametrize("schedule, blocks", [
+    (Schedule(), 32), (Schedule.scaled(12), 12), (Schedule.scaled(30), 30), (SCHEDULE, 6)])
+def test_one_cut_costs_as_much_as_the_stages(schedule, blocks):
+    cut = one_cut(schedule, blocks)
+    assert cut.after(blocks) == schedule.after(blocks)[:1]
+    for n in (400, 1000):
+        ours, theirs = sum(cut.counts(n, blocks)), sum(schedule.counts(n, blocks))
+        assert abs(ours - theirs) <= blocks
+    assert one_cut(Schedule(stages=0), blocks) == Schedule(stages=0)

@@ -1,16 +1,18 @@
-"""How rows of a data set become prompts and answers, and how an answer in own words is scored."""
+"""lab/tasks.py: how rows become prompts and answers, how words are scored, and the passages."""
 import json
+import random
 import sys
 
 import pytest
 
+from conftest import TOY, command
 from lab import tasks
 from model import Tokenizer
+from support.chat import choose_chat
+from support.rows import read_rows
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer("toy")
+TOKENIZER, PLAIN = Tokenizer(TOY), choose_chat(TOY, "plain")
+FOG = "The fog moved behind the green mirrors."
 
 
 def jsonl(path, rows):
@@ -18,105 +20,83 @@ def jsonl(path, rows):
     return path
 
 
-# ----------------------------------------------------------------------------------------- LAMBADA
+def text_of(item):
+    return TOKENIZER.decode(item.prompt)
 
 
-class Letters:
-    """A tokenizer of one token a character; `begin` stands before a text, where there is one."""
-
-    def __init__(self, begin=None):
-        self.begin = begin
-
-    def encode(self, text, bos=True):
-        begin = [self.begin] if bos and self.begin is not None else []
-        return begin + [ord(c) for c in text]
+# --------------------------------------------------------------------------- LAMBADA and plain text
 
 
 @pytest.mark.parametrize("text, context, word", [
-    ("the end of it", "the end of", " it"), ("the end  it", "the end", "  it")])
-def test_lambada_asks_for_the_last_word_and_the_space_before_it(tmp_path, text, context, word):
+    (FOG, "The fog moved behind the green", "mirrors."), (" the  fog ", "the", "fog")])
+def test_lambada_asks_for_the_last_word_as_it_is_cut_in_the_whole(tmp_path, text, context, word):
     path = jsonl(tmp_path / "l.jsonl", [{"text": text}] * 3)
-    items = tasks.lambada_items(Letters(begin=1), path, 2)
-    right = tasks.Item(Letters(begin=1).encode(context), [(Letters().encode(word), 0)])
-    assert items == [right] * 2
-
-
-def test_a_last_word_is_cut_as_in_the_whole_text(tokenizer, tmp_path):
-    text = "The fog moved behind the green mirrors."
-    item, = tasks.lambada_items(tokenizer, jsonl(tmp_path / "l.jsonl", [{"text": text}]), 5)
-    assert item.prompt + item.answers[0].tokens == tokenizer.encode(text)
-    assert tokenizer.decode(item.answers[0].tokens).strip() == "mirrors."
+    item, other = tasks.lambada_items(TOKENIZER, path, 2)
+    (tokens, start), = item.answers
+    assert item == other and start == 0
+    assert item.prompt + tokens == TOKENIZER.encode(text)
+    assert text_of(item).strip() == context and TOKENIZER.decode(tokens).strip() == word
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"text": " word "}, "row 1: not two words"), ({"texts": "a b"}, "line 1: 'text' is missing"),
-    ({"text": ""}, "row 1: not two words")])
-def test_rows_that_do_not_fit_are_named(tokenizer, tmp_path, row, message):
-    path = jsonl(tmp_path / "x.jsonl", [row])
+    ({"text": " word "}, "row 1: not two words"), ({"text": ""}, "row 1: not two words"),
+    ({"texts": "a b"}, "line 1: 'text' is missing")])
+def test_rows_that_do_not_fit_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        tasks.lambada_items(tokenizer, path, 5)
+        tasks.lambada_items(TOKENIZER, jsonl(tmp_path / "x.jsonl", [row]), 5)
 
 
-# -------------------------------------------------------------------------------------- plain text
-
-
-def test_text_windows(tokenizer, tmp_path):
-    text = "The fog moved behind the green mirrors."
-    path = jsonl(tmp_path / "t.jsonl", [{"text": text}] * 20)
-    items = tasks.text_items(tokenizer, path, 30, 10, 3)
-    begin, ids = tokenizer.encode(""), tokenizer.encode(text + "\n", bos=False) * 20
+def test_windows_of_plain_text(tmp_path):
+    path = jsonl(tmp_path / "t.jsonl", [{"text": FOG}] * 20)
+    begin, ids = TOKENIZER.encode(""), TOKENIZER.encode(FOG + "\n", bos=False) * 20
+    items = tasks.text_items(TOKENIZER, path, 30, 10, 3)
     assert len(begin) == 1
-    found = [item.prompt + item.answers[0].tokens for item in items]
-    assert found == [begin + ids[i:i + 39] for i in (0, 39, 78)]
-    assert all(len(item.prompt) == 30 for item in items)
+    assert [item.prompt + item.answers[0].tokens for item in items] \
+        == [begin + ids[i:i + 39] for i in (0, 39, 78)]
+    assert [len(item.prompt) for item in items] == [30] * 3
     with pytest.raises(ValueError, match="one window needs 3999"):
-        tasks.text_items(tokenizer, path, 3000, 1000, 3)
+        tasks.text_items(TOKENIZER, path, 3000, 1000, 3)
 
 
 # ------------------------------------------------------------------------------------ long prompts
 
 
-def test_long_contexts_lose_their_middle(tokenizer, tmp_path):
-    sentences = "Clara sells cups. Peter sells hats. The fog moved "
-    context = " ".join(f"{sentences}{word}." for word in ("behind", "near") * 20)
+def test_long_contexts_lose_their_middle(tmp_path):
+    context = " ".join(f"Clara sells cups. {FOG}" for _ in range(30))
     row = {"input": "What does Clara sell?", "context": context, "answers": ["cups", "hats"]}
     path = jsonl(tmp_path / "l.jsonl", [row])
-    item, = tasks.long_items(tokenizer, path, max_prompt=100, max_response=8, question="last",
-                             limit=5)
-    text = tokenizer.decode(item.prompt)
-    assert len(item.prompt) <= 100 and text.count(" ...") == 1
+    item, = tasks.long_items(TOKENIZER, path, PLAIN, max_prompt=100, question="last")
+    text = text_of(item)
+    assert 80 < len(item.prompt) <= 100 and text.count(" ...") == 1
     assert text.startswith("Clara sells") and text.endswith("What does Clara sell?")
     assert item.texts == ("cups", "hats")
-    assert tokenizer.decode(item.answers[0].tokens).strip() == "cups"
-    with pytest.raises(ValueError, match="no row with a prompt of at least 101 tokens"):
-        tasks.long_items(tokenizer, path, min_prompt=101, max_prompt=100)
-    with pytest.raises(ValueError, match="row 1: the question alone is longer"):
-        tasks.long_items(tokenizer, path, max_prompt=10)
+    assert TOKENIZER.decode(item.answers[0].tokens).strip() == "cups"
+    with pytest.raises(ValueError, match="row 1: .*the question alone is longer"):
+        tasks.long_items(TOKENIZER, path, PLAIN, max_prompt=10)
 
 
-def test_long_rows_left_out_shortened_or_cut_are_said(tokenizer, tmp_path, capsys):
+def test_long_rows_left_out_or_shortened_are_said(tmp_path, capsys):
     rows = [{"input": "Who?", "context": context, "answers": ["Clara and Peter"]}
             for context in ("cups", "Clara sells cups. Peter sells hats.", "the fog moved " * 40)]
     path = jsonl(tmp_path / "l.jsonl", rows)
-    tasks.long_items(tokenizer, path, min_prompt=10, max_prompt=60, max_response=2)
-    told = ("l.jsonl, 2 rows; left out: 1 shorter than --min-prompt 10; 1 contexts shortened, "
-            "2 answers read to 2 tokens\n")
-    assert capsys.readouterr().out == told
+    items = tasks.long_items(TOKENIZER, path, PLAIN, "all", 10, 60, max_response=2)
+    assert [len(item.answers[0].tokens) for item in items] == [2, 2]
+    assert capsys.readouterr().out == (
+        "l.jsonl, 2 rows; left out: 1 shorter than --min-prompt 10; 1 contexts shortened\n")
 
 
-def test_a_text_that_is_short_enough_stays_whole(tokenizer):
+def test_a_text_that_is_short_enough_stays_whole():
     text = "Clara sells cups. Peter sells hats."
-    n = len(tokenizer.encode(text, bos=False))
-    assert tasks.shorten(tokenizer, text, n) == text
-    assert tasks.shorten(tokenizer, text, n - 1) == "Clara sells cups\n...\nsells hats."
+    n = len(TOKENIZER.encode(text, bos=False))
+    assert tasks.shorten(TOKENIZER, text, n) == text
+    assert tasks.shorten(TOKENIZER, text, n - 1) == "Clara sells cups\n...\nsells hats."
 
 
-@pytest.mark.parametrize("answers", [[], "cups", [""], [3], None])
-def test_long_rows_without_an_answer_are_named(tokenizer, tmp_path, answers):
-    row = {"input": "q", "context": "c", "answers": answers}
-    path = jsonl(tmp_path / "m.jsonl", [row])
-    with pytest.raises(ValueError, match="row 1: expected text"):
-        tasks.long_items(tokenizer, path)
+@pytest.mark.parametrize("more", [{"answers": []}, {"answers": [3]}, {"answers": None}, {}])
+def test_long_rows_without_an_answer_are_named(tmp_path, more):
+    path = jsonl(tmp_path / "m.jsonl", [{"input": "q", "context": "c", **more}])
+    with pytest.raises(ValueError, match="m.jsonl.*(expected rows as|a list of answers)"):
+        tasks.long_items(TOKENIZER, path, PLAIN)
 
 
 def test_a_limit_meets_every_meeting(tmp_path):
@@ -125,12 +105,48 @@ def test_a_limit_meets_every_meeting(tmp_path):
         return {"transcript": name, "queries": queries}
 
     path = jsonl(tmp_path / "q.jsonl", [meeting("a", 2), meeting("b", 1), meeting("c", 3)])
-    rows = tasks.read_long(path)
-    assert [row["input"] for row in rows] == ["a0?", "b0?", "c0?", "a1?", "c1?", "c2?"]
-    assert rows[3] == {"input": "a1?", "context": "a", "answers": ["a1."]}
-    path = jsonl(tmp_path / "r.jsonl", [meeting("a", 1), {"transcript": "b"}])
-    with pytest.raises(ValueError, match="r.jsonl: not every row has a transcript and queries"):
-        tasks.read_long(path)
+    rows = tasks.read_long(path, "heldout")
+    assert [row[0] for row in rows] == ["a0?", "b0?", "c0?", "a1?", "c1?", "c2?"]
+    assert rows[3] == ("a1?", "a", ["a1."])
+
+
+def test_dollys_rows_are_those_of_a_split(tmp_path):
+    rows = [{"instruction": f"q{i}", "context": f"c{i}" * (i != 39), "response": f"r{i}"}
+            for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    assert tasks.read_long(path, "heldout") == [(f"q{i}", f"c{i}", [f"r{i}"]) for i in (36, 37)]
+    assert tasks.read_long(path, "validation") == [("q38", "c38", ["r38"])]
+
+
+# ----------------------------------------------------------------------------------------- needles
+
+
+@pytest.mark.parametrize("depth, before", [
+    (0, ""), (20, ""), (60, "One ends here."), (100, "One ends here. Two ends here.")])
+def test_a_needle_stands_between_sentences(depth, before):
+    text = tasks.hidden("One ends here. Two ends here.", depth, "NEEDLE.")
+    assert text.split("NEEDLE.")[0].strip() == before
+    assert text.replace("NEEDLE.", "").split() == "One ends here. Two ends here.".split()
+    assert " NEEDLE." in " " + text and "NEEDLE. " in text + " "
+
+
+@pytest.mark.parametrize("question", ["first", "last"])
+@pytest.mark.parametrize("n, depth", [(400, 0), (800, 50), (400, 100)])
+def test_a_prompt_holds_the_number_once_at_its_depth(question, n, depth):
+    ids = TOKENIZER.encode(FOG, bos=False) * 200
+    item = tasks.needle_item(TOKENIZER, ids, PLAIN, n, depth, question)
+    (tokens, start), = item.answers
+    text, number = text_of(item), TOKENIZER.decode(tokens[start:]).strip()
+    assert number.isdigit() and len(number) == 5 and text.count(number) == 1
+    assert TOKENIZER.decode(tokens[:start]).startswith("The secret number of")
+    assert abs(len(item.prompt) - n) <= 0.05 * n
+    assert (text.index("What is") < text.index(number)) == (question == "first")
+    assert abs(text.index("The secret number") / len(text) - depth / 100) < 0.2
+
+
+def test_a_text_too_short_for_its_needle_is_refused():
+    with pytest.raises(ValueError, match="prompt of 400 tokens: the text has 3, question and"):
+        tasks.needle_item(TOKENIZER, [1, 2, 3], PLAIN, 400, 50)
 
 
 # ------------------------------------------------------------------------- the model's own words
@@ -142,20 +158,90 @@ def test_f1_compares_bags_of_words():
     assert tasks.f1("red red car", "red bus") == pytest.approx(2 / 5)
 
 
-def test_rouge_l_compares_the_longest_common_subsequence():
+@pytest.mark.parametrize("said, right, value", [
+    ("one two three four", "one three five four", 6 / 8), ("three two one", "one two three", 1 / 3),
+    ("she sells", "she sell", 1 / 2), ("one", "one two three four", 2 / 5)])
+def test_rouge_l_compares_the_longest_common_subsequence(said, right, value):
     pytest.importorskip("rouge_score")
-    score = tasks.rouge_l()
-    # one three four
-    assert score("one two three four", "one three five four") == pytest.approx(6 / 8)
-    assert score("One, two!", "one two") == 1.0 and score("", "x") == 0.0
-    assert score("three two one", "one two three") == pytest.approx(1 / 3)
-    assert score("she sells", "she sell") == pytest.approx(1 / 2)       # no stemmer
-    # one of one word said, one of four right: 2 * 1 * 1/4 / (1 + 1/4)
-    assert score("one", "one two three four") == pytest.approx(2 / 5)
+    assert tasks.rouge_l()(said, right) == pytest.approx(value)
 
 
 def test_rouge_l_names_its_package(monkeypatch):
-    for name in ("rouge_score", "rouge_score.rouge_scorer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="^ROUGE-L needs the optional package rouge-score"):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ImportError, match="^ROUGE-L needs .* pip install rouge-score"):
         tasks.rouge_l()
+
+
+# ---------------------------------------------------------------------------------------- passages
+
+
+@pytest.fixture(scope="module")
+def dolly(tmp_path_factory):
+    """300 rows; each asks for a place that its own context alone names."""
+    rows = [{"instruction": f"What does Town{i:04} have?", "response": "A harbour.",
+             "context": f"Town{i:04} has a harbour. " + f"It is known for number {i}. " * 30}
+            for i in range(300)]
+    return jsonl(tmp_path_factory.mktemp("dolly") / "dolly.jsonl", rows)
+
+
+def written(dolly, tmp_path, *words):
+    out = tmp_path / "rows.jsonl"
+    code, _, err = command("-m", "lab.tasks", "--data", dolly, "--out", out, *words)
+    assert code == 0, err
+    return out
+
+
+def test_every_row_has_its_own_passage_and_no_passage_stands_in_two_splits(dolly, tmp_path):
+    path, seen = written(dolly, tmp_path), []
+    sizes = [len(read_rows(path, split)) for split in ("train", "heldout", "validation")]
+    assert sizes == [18 * sizes[1], sizes[1], sizes[1]] and sizes[1] > 5
+    for split in ("train", "heldout", "validation"):
+        seen.append(set())
+        for row in read_rows(path, split):
+            parts = row["context"].split("\n\n")
+            town = row["instruction"].split()[2]
+            assert len(parts) == 4 and 2000 <= len("".join(parts)) <= 7600
+            assert parts[row["place"] - 1] == f"Passage {row['place']}: {row['passage']}"
+            assert [town in part for part in parts].count(True) == 1
+            seen[-1] |= {part.split(": ", 1)[1] for part in parts}
+    assert {row["place"] for row in read_rows(path)} == {1, 2, 3, 4}
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+
+
+def test_the_same_rows_with_a_part_alone_or_plain(dolly, tmp_path):
+    whole = read_rows(written(dolly, tmp_path))
+    for part in ("passage", "question"):
+        rows = read_rows(written(dolly, tmp_path, "--alone", part))
+        assert rows == [row | {"context": row["passage"] if part == "passage" else ""}
+                        for row in whole]
+    rows = read_rows(written(dolly, tmp_path, "--plain", 0.25))
+    m = len(whole) // 20
+    plain = [row["context"] == row["passage"] for row in rows]
+    assert plain == [i < 18 * m and i % 4 == 3 for i in range(20 * m)]
+    assert [row["place"] for row in rows] == [row["place"] for row in whole]
+
+
+def test_questions_that_only_point_are_left_out():
+    row = {"instruction": "Who built Rome?", "context": "x" * 400, "category": "closed_qa"}
+    assert tasks.asks(row)
+    for more in ({"instruction": "Who is named in the passage?"}, {"category": "summarization"},
+                 {"context": "x" * 299}, {"context": "x" * 2001}, {"context": None}):
+        assert not tasks.asks(row | more)
+
+
+def test_another_passage_that_names_as_much_is_not_drawn():
+    own = "Rome was built by Romulus. " * 30
+    row = {"instruction": "Who built Rome?", "context": own}
+    same, other = "Someone built Rome again. " * 50, "The harbour is cold today. " * 30
+    assert tasks.shared(row["instruction"], own) == 2
+    assert tasks.gather(row, [same, own.strip()], 2, random.Random(0)) is None
+    pool = [same] + [other + str(i) for i in range(9)]
+    texts = tasks.gather(row, pool, 3, random.Random(0))
+    assert same not in texts and own.strip() in texts and len(texts) == 3
+
+
+def test_too_few_rows_are_refused(dolly, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(dolly.read_text().splitlines(True)[:60]))
+    code, _, err = command("-m", "lab.tasks", "--data", few, "--out", tmp_path / "o.jsonl")
+    assert code == 1 and "too few passages in its heldout rows" in err and "Traceback" not in err

@@ -1,0 +1,191 @@
+"""Rows of a data file -> prompts and responses as token ids.
+
+Data files hold one JSON object a line with instruction, context and response, as in
+databricks-dolly-15k. The last 10% of a file is never used for training: 5% to measure on, 5% to
+choose settings by.
+"""
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from support.chat import render
+from support.files import need
+from support.processes import rank
+from support.weights import ROOT, find, snapshots
+
+DOLLY = "databricks/databricks-dolly-15k"
+
+
+class Example(NamedTuple):
+    tokens: torch.Tensor            # (N,) prompt, then response
+    prompt_len: int
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def read_rows(path, split="all", fields=("instruction", "context", "response")):
+    """Rows of a JSONL file, a list of dicts; `fields` have to be text (a context may be absent).
+
+    split: "train" is the first 90%, "heldout" the next 5% (to measure on), "validation" the last
+    5% (to choose by), both without rows whose context stands in an earlier split; "all".
+    Raises ValueError with file and line number for what is not such a row.
+    """
+    path = Path(path)
+    need(path.is_file(), f"{path}: no such data file")
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(parse_row(line, f"{path}, line {number}", fields))
+    if split == "all":
+        return rows
+    train_end = len(rows) - max(1, len(rows) // 10)
+    heldout_end = len(rows) - len(rows) // 20
+    if split == "train":
+        return rows[:train_end]
+    start, end = (train_end, heldout_end) if split == "heldout" else (heldout_end, len(rows))
+    known = {row["context"] for row in rows[:start] if row.get("context")}
+    return [row for row in rows[start:end] if row.get("context") not in known]
+
+
+def parse_row(line, where, fields):
+    """One line, bytes -> dict."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()    # a lone surrogate is no text
+    except (ValueError, RecursionError) as e:           # also bytes that are not UTF-8
+        raise ValueError(f"{where}: not valid JSON ({e})") from None
+    need(isinstance(row, dict), f"{where}: expected a JSON object")
+    for field in fields:
+        value = row.get(field)
+        need(isinstance(value, str) or field == "context" and value is None,
+             f"{where}: {field!r} is missing or not text")
+    return row
+
+
+def rows_at_hand(ckpt):
+    """The data file where none is named: the checkpoint's own rows, else Dolly where it lies.
+
+    Raises FileNotFoundError with the command that gets it.
+    """
+    root, name = find(ckpt), f"{DOLLY.split('/')[1]}.jsonl"
+    places = [Path(), Path("data"), ROOT, ROOT / "data", root, *snapshots("datasets", DOLLY)]
+    for file in [root / "train.jsonl", *(place / name for place in places)]:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"{ckpt} has no rows of its own and {name} is not here: `hf download {DOLLY} --repo-type "
+        "dataset --include \"*.jsonl\" --local-dir .` gets it (pip install huggingface_hub), or "
+        "name a file with --data")
+
+
+# ---------------------------------------------------------------------------------------- encoding
+
+
+def prompt_text(row, question="first"):
+    """What the user says: the instruction, a blank line, the context; "last": the context first."""
+    parts = [row["instruction"]]
+    if row.get("context"):
+        parts.insert(1 if question == "first" else 0, row["context"])
+    return "\n\n".join(parts)
+
+
+def encode_row(tokenizer, row, chat, max_response=96, question="first"):
+    """A row {instruction, context, response} -> Example; the response is cut.
+
+    chat: the template around the user's text, a support.chat.Chat.
+    """
+    prompt = tokenizer.encode(render(chat, prompt_text(row, question)), chat.bos)
+    response = tokenizer.encode(row["response"], bos=False)[:max_response]
+    return Example(torch.tensor(prompt + response), len(prompt))
+
+
+def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_response=96,
+             context=False, limit=None, question="first", max_positions=2**31):
+    """Encoded rows of a file whose prompt has min_prompt to max_prompt tokens, at most `limit`.
+
+    context: only rows that have one. max_response: responses are cut to so many tokens, None: not.
+    A row longer than the model's positions, or without a response, is left out. One line says how
+    many rows are left out or cut.
+    """
+    found, lost, cut = [], Counter(), 0
+    for row in read_rows(path, split):
+        if context and not row.get("context"):
+            lost["without a context"] += 1
+            continue
+        whole = encode_row(tokenizer, row, chat, None, question)
+        n = whole.prompt_len
+        tokens = whole.tokens[:n + max_response] if max_response else whole.tokens
+        faults = {f"shorter than --min-prompt {min_prompt}": n < min_prompt,
+                  f"longer than --max-prompt {max_prompt}": n > max_prompt,
+                  "without a response": n == len(tokens),
+                  f"longer than the model's {max_positions:,} positions":
+                      len(tokens) > max_positions}
+        fault = next((what for what, there in faults.items() if there), None)
+        if fault:
+            lost[fault] += 1
+            continue
+        cut += len(tokens) < len(whole.tokens)
+        found.append(Example(tokens, n))
+        if len(found) == limit:
+            break
+    need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens"
+                f"{listed('; left out: ', lost)}")
+    cuts = {f"responses cut to {max_response} tokens": cut}
+    tell_losses(path, f"{split}: {len(found)} rows", lost, cuts)
+    return found
+
+
+def listed(head, counts):
+    """Head and the counts {what: number} that are not 0, as text; "" where all are."""
+    parts = [f"{number:,} {what}" for what, number in counts.items() if number]
+    return head + ", ".join(parts) if parts else ""
+
+
+def tell_losses(path, rows, lost, cuts):
+    """Print one line that says which rows are left out, and what is cut, if any is.
+
+    rows: text about those that are used; lost, cuts: {what: number}.
+    """
+    losses = listed("; left out: ", lost) + listed("; ", cuts)
+    if losses and rank() == 0:
+        print(f"{Path(path).name}, {rows}{losses}", flush=True)
+
+
+# ------------------------------------------------------------------------------ order and identity
+
+
+def row_at(number, n_rows, seed):
+    """Which row is read as the number-th of a training, counted from 0 through all epochs.
+
+    Each epoch has its own order, known from the seed alone.
+    """
+    epoch, place = divmod(number, n_rows)
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    return torch.randperm(n_rows, generator=generator)[place].item()
+
+
+def digest(*parts):
+    """A short hash of what a result depends on.
+
+    A part is a list of Examples, a module, a file (a Path) or anything that JSON knows.
+    """
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for p in part.parameters():
+                p = p.to_local() if hasattr(p, "to_local") else p   # this process's slice
+                hashed.update(p.detach().float().cpu().numpy().tobytes())
+        elif isinstance(part, Path):
+            hashed.update(part.read_bytes())
+        elif isinstance(part, list) and part and isinstance(part[0], Example):
+            for example in part:
+                hashed.update(example.tokens.numpy().tobytes() + b"%d" % example.prompt_len)
+        else:
+            hashed.update(json.dumps(part, default=str).encode())
+    return hashed.hexdigest()[:16]

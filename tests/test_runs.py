@@ -1,0 +1,297 @@
+"""support/runs.py and options.cli: progress, saved files, sudden death, and how commands end."""
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import forked
+from conftest import ROOT, SCHEDULE, TOY, command, fresh_predictors, predictors_for, random_rows
+from prune import load_predictors
+from support import runs
+from support.files import load_tensors, save_tensors
+from support.options import cli
+from train import Recipe, fit
+
+RANKING = Recipe(cls=0, mse=0, states="marked", steps=3, accum=1)
+
+
+# ---------------------------------------------------------------------------------------- progress
+
+
+def test_a_pipe_gets_a_plain_line_every_five_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    shown = runs.Progress(100, "rows", first=80)
+    for _ in range(12):
+        now[0] += 1
+        shown.step("loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{80 + n}/100 rows, {20 - n} s left  loss 0.5" for n in (5, 10)]
+
+
+def test_quiet_and_all_processes_but_the_first_say_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    list(runs.counted("ab", "rows"))
+    assert "2/2 rows" in capsys.readouterr().err
+    list(runs.counted("ab", "rows", quiet=True))
+    monkeypatch.setenv("RANK", "1")
+    list(runs.counted("ab", "rows"))
+    assert capsys.readouterr().err == ""
+
+
+def test_arms_take_turns_there_and_back_and_the_first_round_does_not_count():
+    order = []
+
+    def arm(name):
+        def run():
+            order.append(name)
+            return SimpleNamespace(prefill_s=len(order), decode_s=0)
+        return run
+    times = runs.take_turns({"a": arm("a"), "b": arm("b")}, 3, runs.Progress(quiet=True))
+    assert "".join(order) == "baabbaab"
+    assert times == {"a": [(3, 0), (6, 0), (7, 0)], "b": [(4, 0), (5, 0), (8, 0)]}
+
+
+# ----------------------------------------------------------------------------------- what was saved
+
+
+def changed(path, **metadata):
+    """The same file with other metadata."""
+    tensors, old = load_tensors(path)
+    save_tensors(path, tensors, {**old, **metadata})
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Predictors and state of a finished training of three steps."""
+    out = tmp_path / "predictors.safetensors"
+    fit(tiny, random_rows(3), SCHEDULE, RANKING, out, quiet=True)
+    return out
+
+
+BAD = [{"schedule": "[]"}, {"schedule": '{"first": "x"}'}, {"schedule": "{"},
+       {"schedule": json.dumps({"first": 1, "step": 1, "stages": 0, "keep": 0.9, "sink": 4,
+                                "local": 0.1})}, {"fingerprint": "0123"}]
+
+
+@pytest.mark.parametrize("metadata", BAD, ids=str)
+def test_damaged_metadata_of_predictors_names_its_file(trained, tiny, metadata):
+    changed(trained, **metadata)
+    with pytest.raises(ValueError, match=str(trained)):
+        load_predictors(trained, tiny)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("0.up.weight", lambda t: t[:-1]), ("0.down.bias", lambda t: t / 0),
+    ("1.norm.weight", lambda t: t[None]), ("2.up.bias", None)])
+def test_damaged_tensors_of_predictors_name_their_file(trained, tiny, name, damage):
+    tensors, metadata = load_tensors(trained)
+    tensor = tensors.pop(name)
+    save_tensors(trained, tensors | ({name: damage(tensor)} if damage else {}), metadata)
+    with pytest.raises(ValueError, match=f"{trained}: damaged predictors"):
+        load_predictors(trained, tiny)
+
+
+def test_what_is_saved_is_read_back(tiny, tmp_path):
+    predictors = predictors_for(tiny)
+    out = tmp_path / "p.safetensors"
+    runs.save_predictors(out, predictors, tiny.config, SCHEDULE, template="plain", steps=7)
+    loaded, metadata = load_predictors(out, tiny)
+    x = torch.randn(1, 5, 48)
+    assert torch.equal(loaded[2](x), predictors[2](x))
+    assert metadata["template"] == "plain" and metadata["steps"] == "7"
+    assert metadata["schedule"] == {"first": 1, "step": 1, "stages": 4, "keep": 0.8, "sink": 4,
+                                    "local": 0.1}
+
+
+@pytest.mark.parametrize("change, what", [
+    ({"recipe": Recipe(cls=0, mse=0, states="marked", steps=4, accum=1)}, "recipe"),
+    ({"rows": random_rows(2)}, "rows")])
+def test_a_run_goes_on_with_its_own_state_alone(trained, tiny, change, what):
+    given = {"rows": random_rows(3), "recipe": RANKING, **change}
+    with pytest.raises(ValueError, match=f"it belongs to a run with another {what}"):
+        fit(tiny, given["rows"], SCHEDULE, given["recipe"], trained, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("metadata", [{"log": "[]"}, {"step": "x"}, {"settings": "{"}], ids=str)
+def test_a_damaged_state_is_refused(trained, tiny, metadata):
+    changed(runs.state_file(trained), **metadata)
+    with pytest.raises(ValueError, match="damaged training state, --restart begins anew"):
+        fit(tiny, random_rows(3), SCHEDULE, RANKING, trained, resume=True, quiet=True)
+
+
+def test_a_run_that_is_there_is_not_overwritten(trained):
+    args = SimpleNamespace(out=str(trained), ckpt="toy", resume=False, restart=False)
+    with pytest.raises(ValueError, match="3 of 3 steps done is here: --resume .* --restart"):
+        runs.check_free(args)
+    for given in ({"resume": True}, {"restart": True}, {"out": str(trained.parent / "other")}):
+        assert runs.check_free(SimpleNamespace(**{**vars(args), **given}))
+
+
+def test_a_finished_run_whose_predictors_are_gone_writes_them_again(trained, tiny):
+    before = load_tensors(trained)[0]
+    trained.unlink()
+    fit(tiny, random_rows(3), SCHEDULE, RANKING, trained, resume=True, quiet=True)
+    after = load_tensors(trained)[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_predictors_are_found_where_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(ckpt="toy", predictors=None)
+    assert runs.find_predictors(args)[0] == TOY / "predictors.safetensors"
+    here = tmp_path / "out" / "toy" / "predictors.safetensors"
+    save_tensors(here, *load_tensors(TOY / "predictors.safetensors"))
+    assert runs.find_predictors(args)[0].resolve() == here
+    args.predictors = str(TOY)
+    assert runs.find_predictors(args)[0] == TOY / "predictors.safetensors"
+    args.predictors = "none.safetensors"
+    with pytest.raises(ValueError, match="none.safetensors"):
+        runs.find_predictors(args)
+
+
+def test_marks_are_remembered_by_row_and_by_what_they_depend_on(tiny):
+    import train
+    calls, rows = [], random_rows(2)
+    marker = runs.remembering(lambda *given: calls.append(1) or train.marking(*given))
+    first = marker(tiny, rows[0], SCHEDULE, RANKING)
+    assert marker(tiny, rows[0], SCHEDULE, RANKING) is first and len(calls) == 1
+    assert first.states and first.logits is None
+    marker(tiny, rows[1], SCHEDULE, RANKING)
+    other = marker(tiny, rows[0], SCHEDULE, Recipe(reduce="norm_g"))
+    assert len(calls) == 3 and other.states is None
+
+
+def test_what_was_measured_is_kept_and_belongs_to_one_command(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    kept = runs.Measured(path, {"command": 1})
+    assert kept.get("a", lambda: [1.5]) == [1.5]
+    with path.open("a") as file:            # a kill in the middle of a line
+        file.write('["abc", {"x"')
+    again = runs.Measured(path, {"command": 1})
+    assert again.get("a", pytest.fail) == [1.5] and again.get("b", lambda: 2) == 2
+    assert runs.Measured(path, {"command": 1}).get("b", pytest.fail) == 2
+    with pytest.raises(ValueError, match="belongs to another command"):
+        runs.Measured(path, {"command": 2})
+
+
+# --------------------------------------------------------------------------------------- kill -9
+
+
+def killed(words, pattern, least, after):
+    """Start a command and kill it `after` seconds behind the moment when its progress, on a
+    terminal, shows a number >= least in place of the group of the pattern.
+    """
+    terminal, inside = pty.openpty()
+    running = forked.start(words, ROOT, os.devnull, os.ttyname(inside))
+    seen = os.read(terminal, 1000).decode()
+    os.close(inside)
+    while not any(int(number) >= least for number in re.findall(pattern, seen)):
+        assert running.is_alive(), seen
+        seen += os.read(terminal, 1000).decode()
+    running.join(after)
+    running.kill()
+    running.join()
+    os.close(terminal)
+
+
+@pytest.mark.beside
+def test_five_kills_change_nothing_in_training(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    names = ("predictors.safetensors", "predictors_state.safetensors")
+    words = ["train.py", "--steps", 18, "--accum", 1, "--states", "marked", "--cls", 0,
+             "--report-rows", 0, "--save-every", 0, "--limit", 5, "--seed", 3]
+    resumed = [*words, "--out", broken, "--resume"]
+    code, _, err = command(*words, "--out", whole)
+    assert code == 0, err
+    moments, step = random.Random(0), 0
+    for _ in range(5):
+        step += moments.randint(1, 3)
+        killed(resumed, r"(\d+)/18 steps", step, moments.uniform(0, 0.2))
+        for name in names:          # whole, whenever the kill came
+            load_tensors(broken / name)
+    code, out, err = command(*resumed)
+    assert code == 0 and "0 steps are done" not in out, err
+    for name in names:
+        (tensors, told), (others, notes) = load_tensors(whole / name), load_tensors(broken / name)
+        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+        assert told.get("log") == notes.get("log")
+    assert not list(broken.glob(".*")), "something is left lying about"
+
+
+# ------------------------------------------------------------------------------------ how it ends
+
+START = """
+import sys, time
+sys.path[:0] = ["."]
+from support.options import cli
+from support.runs import stop_on_signals
+
+def work():
+    print("ready", flush=True)
+    time.sleep(30)
+
+def train():
+    stop_on_signals()
+    work()
+"""
+
+
+def interrupted(call, times):
+    """Start cli(call) and send SIGINT after each of its next `times` lines -> code, stderr."""
+    running = subprocess.Popen([sys.executable, "-c", f"{START}\ncli({call})"], cwd=ROOT,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout.readline() == "ready\n", running.stderr.read()
+    seen = ""
+    for number in range(times):
+        if number:
+            seen += running.stderr.readline() + running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    return running.returncode, seen + err
+
+
+@pytest.mark.beside
+def test_ctrl_c_is_one_line_and_a_second_one_ends_at_once():
+    assert interrupted("work", 1) == (130, "stopped\n")
+    asked = "\nstopping after this step; once more: at once\n"
+    assert interrupted("train", 2) == (-signal.SIGINT, asked)
+
+
+@pytest.mark.beside
+def test_nobody_reads_on():
+    running = subprocess.Popen([sys.executable, "prune.py"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert running.stderr.read() == "" and running.wait() == 141
+
+
+def test_no_memory_is_one_line_and_another_fault_stays_a_traceback():
+    with pytest.raises(SystemExit, match="not enough memory: take shorter|not enough memory, take"):
+        cli(lambda: torch.empty(2**50))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        cli(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("words", [
+    ("prune.py", "--lengths", 512), ("saliency.py", "--prompt", "Anna sells maps.", "--response",
+                                     "maps"), ("infer.py", "--repeats", 1)], ids=str)
+def test_json_stands_alone_on_stdout(words):
+    code, out, err = command(*words, "--json")
+    assert code == 0 and out.count("\n") == 1 and json.loads(out)["command"], err
+    assert err, "the text is not lost"
+
+
+def test_fresh_predictors_are_those_of_the_seed(tiny, tmp_path):
+    run = fit(tiny, random_rows(1), SCHEDULE, Recipe(steps=1, accum=1, lr=1e-12, seed=5),
+              tmp_path / "p.safetensors", quiet=True)
+    for ours, theirs in zip(run.predictors.parameters(), fresh_predictors(5).parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-6)

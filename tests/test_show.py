@@ -1,0 +1,97 @@
+"""What is printed and drawn: the page of survivors, Figure 1, Table 2, colours."""
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import SCHEDULE
+from prune import Stage, local_tokens, prefill, protected
+from support import show
+
+HOSTILE = ["</script><script>document.title='broken out'</script>", "<!--", "]]>",
+           "\u2028\"'\\", "&amp;", "\n\n", " word", "<s>"]
+FIXED = protected(torch.arange(60), 60, SCHEDULE).tolist()
+
+
+@pytest.fixture
+def page(tiny, tokens, tmp_path):
+    """-> the page's text, its trace and stage_of: 60 tokens, four stages, hostile ones first."""
+    generator = torch.Generator().manual_seed(1)
+    _, _, trace = prefill(tiny, tokens, SCHEDULE,
+                          lambda s, x, pos: torch.rand(pos.shape, generator=generator))
+    stage_of = show.dropped_at(trace, 60)
+    pieces = HOSTILE + [f" w{i}" for i in range(60 - len(HOSTILE))]
+    show.survivors_page(tmp_path / "page.html", pieces, stage_of, trace, FIXED)
+    return (tmp_path / "page.html").read_text(encoding="utf-8"), trace, stage_of
+
+
+def data_of(text):
+    return json.loads(re.search(r"^const data = (.*);$", text, re.M)[1])
+
+
+def test_the_page_loads_nothing_and_no_prompt_breaks_out(page):
+    text, _, stage_of = page
+    assert text.count("</script>") == text.count("<script>") == 1
+    assert "<!--" not in text.split("<script>")[1]
+    assert "default-src 'none'" in text
+    loads = r"://|\b(src|href|srcset)\s*=|\burl\(|@import|\bfetch\(|innerHTML|document\.write"
+    assert not re.search(loads, text)
+    data = data_of(text)
+    assert [t["piece"] for t in data["tokens"]][:len(HOSTILE)] == HOSTILE
+    assert [t["stage"] for t in data["tokens"]] == stage_of
+    counts = SCHEDULE.counts(60, 6)
+    wanted = [(b + 1, counts[b], counts[b + 1]) for b in range(4)]
+    assert [(s["block"], s["seen"], s["kept"]) for s in data["stages"]] == wanted
+
+
+def test_ranks_say_who_is_kept(page):
+    """Among the tokens that compete, exactly the first ranks survive a stage."""
+    text, trace, _ = page
+    tokens = data_of(text)["tokens"]
+    fixed = {i for i, t in enumerate(tokens) if t["fixed"]}
+    assert fixed == {*range(4), *range(60 - local_tokens(60, 0.1), 60)}
+    for s, stage in enumerate(trace):
+        ranks = {i: t["ranks"][s] for i, t in enumerate(tokens) if s < len(t["ranks"])}
+        assert sorted(ranks.values()) == list(range(1, stage.seen.shape[1] - len(fixed) + 1))
+        slots = stage.kept.shape[1] - len(fixed)
+        best = {i for i, rank in ranks.items() if rank <= slots}
+        assert best == set(stage.kept[0].tolist()) - fixed
+    for t in tokens:
+        assert len(t["scores"]) == (t["stage"] or 4)
+        assert len(t["ranks"]) == (0 if t["fixed"] else len(t["scores"]))
+
+
+def test_scores_without_a_number_do_not_break_the_page(tmp_path):
+    seen, scores = torch.arange(20)[None], torch.full((1, 20), float("nan"))
+    trace = [Stage(1, seen, scores, seen[:, :16])]
+    path = tmp_path / "page.html"
+    show.survivors_page(path, ["x"] * 20, show.dropped_at(trace, 20), trace, [False] * 20)
+    assert "NaN" not in path.read_text()
+
+
+def test_a_dropped_token_is_a_dot_and_the_legend_counts():
+    text = show.survivors_text(["a", " b", " c", " d"], [0, 1, 2, 0], 2)
+    assert text == "a\u00b7\u00b7 d\n\nkept to the end: 2 of 4; dropped by stage 1: 1, stage 2: 1"
+
+
+def test_no_color_is_respected(monkeypatch):
+    def painted():
+        return show.survivors_text(["a", "b"], [0, 1], 1).count("\x1b")
+
+    monkeypatch.setattr(show, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert painted()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not painted()
+
+
+@pytest.mark.parametrize("n", [5, 200])
+def test_figure_1_is_legible(n, tmp_path):
+    pytest.importorskip("matplotlib")
+    labels = [("$\\frac$", "word", " ", "a-very-long-word")[i % 4] for i in range(n)]
+    show.heat_map(torch.rand(12, n), labels, tmp_path / "x.png")
+    header = (tmp_path / "x.png").read_bytes()[16:24]
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+    assert 500 < width < 1500 and 150 < height < 1000
