@@ -51,7 +51,8 @@ def sampler(temperature):
 
 @torch.no_grad()
 def decode(model, logits, caches, N, pick=greedy):
-    """Token ids after a prompt of N tokens, without an end: the first follows from logits (1, V)."""
+    """Token ids after a prompt of N tokens, without an end; the first follows from logits (1, V).
+    """
     for pos in count(N):
         need(logits.isfinite().all(), f"the logits are not finite in {model.dtype}: the weights "
                                       "are damaged, or too large for float16")

@@ -208,7 +208,6 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     """The frozen backbone; callers that prune write the loop over `blocks` themselves."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
