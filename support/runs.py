@@ -87,17 +87,18 @@ def take_turns(arms, repeats, progress):
     """Time several arms in turn, there and back, so that none always follows the same one.
 
     arms: {name: function() -> anything with prefill_s and decode_s}. The first round warms up and
-    does not count; where a round takes over a minute, two rounds are made and both count.
+    does not count; where a round takes over a minute, two more are enough.
     -> {name: [(prefill_s, decode_s)]}.
     """
-    found, begin = {name: [] for name in arms}, time.monotonic()
+    found = {name: [] for name in arms}
     for i in range(repeats + 1):
+        begin = time.monotonic()
         for name in list(arms) if i % 2 else reversed(arms):
             progress.note(f"{name}: {i} of {repeats} timed runs done")
             made = arms[name]()
             found[name].append((made.prefill_s, made.decode_s))
-        if i == 1 and time.monotonic() - begin > 120:
-            return found
+        if i == 2 and time.monotonic() - begin > 60:
+            break
     progress.clear()
     return {name: times[1:] for name, times in found.items()}
 
