@@ -251,8 +251,7 @@ def main():
     found = [find_tasks(manager, name, args.data) for name in args.tasks]
     model, schedule, predictors = load_pruning(args)
     setup = Setup(model, schedule, predictors, args.h2o, tokenizer=Tokenizer(args.ckpt))
-    run = digest(model.blocks[0], model.norm, predictors or "", schedule, args.h2o, model.dtype,
-                 model.device)
+    run = digest(model, predictors or "", schedule, args.h2o, model.dtype, model.device)
     measured = Measured(args.rows_file or f"out/harness/{run}.jsonl", run)
     for tasks in found:
         results = {}

@@ -433,7 +433,7 @@ def main():
     model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
                               for item in items))
     setup = Setup(model, schedule, predictors, args.h2o, new, tokenizer, score)
-    weights = digest(model.blocks[0], model.norm, predictors or "")
+    weights = digest(model, predictors or "")
     run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights]
     store = args.rows_file or Path("out", "quality", f"{digest(run)}.jsonl")
     done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
