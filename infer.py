@@ -46,7 +46,7 @@ def sampler(temperature):
     need(0 <= temperature < float("inf"), f"temperature {temperature}: expected 0 or more")
     if temperature == 0:
         return greedy
-    return lambda logits: torch.multinomial((logits / temperature).softmax(-1), 1)
+    return lambda logits: torch.multinomial((logits / max(temperature, 1e-3)).softmax(-1), 1)
 
 
 @torch.no_grad()
