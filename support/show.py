@@ -202,7 +202,8 @@ def heat_map(shares, labels, path):
     for i, ax in enumerate(axes[:, 0]):
         part = slice(i * width, (i + 1) * width)
         names = [label.strip().replace("$", "\\$")[:12] for label in labels[part]]
-        image = ax.imshow(shares[:, part].numpy(), aspect="auto", vmin=0, vmax=1)
+        extent = -0.5, len(names) - 0.5, len(shares) + 0.5, 0.5     # blocks count from 1
+        image = ax.imshow(shares[:, part].numpy(), aspect="auto", extent=extent, vmin=0, vmax=1)
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         ax.set(xlim=(-0.5, width - 0.5), ylabel="block")            # the last line may be shorter
     figure.colorbar(image, ax=axes, location="top", shrink=0.4, label="saliency, per block")
