@@ -49,7 +49,7 @@ def read_config(path):
     raw = read_json(path)
     need(isinstance(raw, dict), f"{path}: expected a JSON object")
     family = raw.get("model_type")
-    need(family in FAMILIES,
+    need(isinstance(family, str) and family in FAMILIES,
          f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
     raw = DEFAULTS[family] | raw
     plain = PLAIN | ({"mlp_bias": False} if family == "llama" else {})

@@ -293,7 +293,8 @@ class Run:
             need(theirs.get(what) == ours, f"{self.state}: it belongs to a run with another "
                  f"{what}: repeat that command, or begin anew with --restart")
         with blame(self.state, "damaged training state, --restart begins anew"):
-            need(all(t.isfinite().all() for t in stored.values()), "a number is not finite")
+            need(all(t.is_floating_point() and t.isfinite().all() for t in stored.values()),
+                 "a number is not finite")
             self.predictors.load_state_dict(
                 {name[2:]: t for name, t in stored.items() if name.startswith("p.")})
             for i, p in enumerate(self.predictors.parameters()):
@@ -301,7 +302,7 @@ class Run:
                 state = {name: stored[f"o.{i}.{name}"] for name in shapes}
                 need(all(state[name].shape == shape for name, shape in shapes.items()),
                      f"the optimiser's state of parameter {i} has another shape")
-                self.optimizer.state[p] = {name: t if name == "step" else t.to(p.device)
+                self.optimizer.state[p] = {name: t if name == "step" else t.to(p)
                                            for name, t in state.items()}
 
 

@@ -8,10 +8,12 @@ kind would be a traceback for the user; a hang ends in one here.
 import copy
 import json
 import random
+import re
 import shutil
 import signal
 
 import pytest
+import torch
 
 import golden
 import train
@@ -20,19 +22,19 @@ from infer import generate
 from model import Tokenizer
 from prune import Schedule, load_predictors, predictor_scorer
 from support.chat import choose_chat
+from support.files import load_tensors, save_tensors
 from support.rows import examples
 
 FILES = ["config.json", "generation_config.json", "model.safetensors.index.json",
          "model-00001-of-00002.safetensors", "predictors.safetensors",
          "predictors_state.safetensors", "rows.jsonl", "tokenizer.model", "tokenizer.json",
          "tokenizer_config.json", "added_tokens.json"]
-SEEDS = range(6)                    # change it and there are others
+SEEDS = range(12)                    # change it and there are others
 VALUES = [
-    None, True, 0, 1, -1, 64.0, 1000, 2**24, 2**31, 2**63, -2**63, 10**30, 1e-300, 1e300,
-    float("nan"), float("inf"), [], {}, [[]], {"a": {}}, [0] * 50, [2**62, 0], [-1, 4], [0, 2**63],
+    None, True, 0, 1, -1, 64.0, 1000, 2**24, 2**31, 2**63, -2**63, 10**30, 1e-300,
+    float("nan"), float("inf"), [], {}, {"a": {}}, [0] * 50, [2**62, 0], [-1, 4], [0, 2**63],
     "", "x" * 10000, "../../etc/passwd", "a\0b", "\ud800", "\x1b[2J\n", "nan", "9" * 5000, "I64",
-    "BOOL", "F8_E4M3", "F4", "llama3", "mistral", "qwen2", "{% for x in %}", "{{ 1 / 0 }}",
-    "config.json"]
+    "BOOL", "F8_E4M3", "llama3", "mistral", "{% for x in %}", "{{ 1 / 0 }}", "config.json"]
 
 
 # --------------------------------------------------------------------------- the undamaged files
@@ -111,7 +113,7 @@ def spots(value):
 
 
 def damage_json(text, draw):
-    """One to three values of a JSON text become others, texts among them that hold JSON."""
+    """One to three values of a JSON text become others, or are gone."""
     value = json.loads(text)
     for _ in range(draw.choice((1, 1, 3))):
         places = spots(value)
@@ -119,35 +121,45 @@ def damage_json(text, draw):
             break
         inside, key = draw.choice(places)
         old, new = inside[key], copy.deepcopy(draw.choice(VALUES))
-        if isinstance(old, str) and old[:2] in ('{"', "[{"):         # notes of a safetensors file
-            new = damage_json(old, draw).decode()
-        elif type(old) in (int, float) and draw.random() < 0.5:
-            new = draw.choice((old + 1, -old, old * 2, old * 10**9, float(old), str(old), [old]))
+        if type(old) in (int, float) and draw.random() < 0.5:
+            new = draw.choice((old + 1, -old, old * 2, old * 10**9, str(old)))
+        inside[key] = new
         if draw.random() < 0.1:
             del inside[key]
-        else:
-            inside[key] = new
     return json.dumps(value).encode()
 
 
-def damaged(data, suffix, draw):
-    """The bytes of a file -> others."""
-    way, at = draw.randrange(8), draw.randrange(len(data))
+def damage_tensors(path, draw):
+    """A safetensors file that is whole, but about something else: one tensor or note in it is."""
+    tensors, notes = load_tensors(path)
+    part = draw.choice((tensors, notes))
+    name = draw.choice(sorted(part))
+    old = part.pop(name)
+    if part is notes:
+        text = json.dumps(draw.choice(VALUES))
+        notes[name] = damage_json(old, draw).decode() if old[0] in "{[" else text
+    else:
+        tensors |= draw.choice(({}, {name: old * torch.nan}, {name: old.to(torch.int8)},
+                                {name: old[None]}, {name: torch.empty(2**40, 0)}, {"x": old}))
+    save_tensors(path, tensors, notes)
+
+
+def damage(path, draw):
+    """Make a file another one."""
+    data, way = bytearray(path.read_bytes()), draw.randrange(8)
     if way == 0:
-        return data[:at]
-    if way == 1 or suffix == ".model":
-        data = bytearray(data)
+        del data[draw.randrange(len(data)):]
+    elif way == 1 or path.suffix == ".model":
         for _ in range(draw.choice((1, 3, 300))):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        return bytes(data)
-    if suffix == ".safetensors":    # its header says where its tensors are
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = damage_json(data[8:end], draw)
-        return len(header).to_bytes(8, "little") + header + data[end:]
-    if suffix == ".jsonl":
+    elif path.suffix == ".safetensors":
+        return damage_tensors(path, draw)
+    elif path.suffix == ".jsonl":
         line = draw.choice(data.splitlines()[:18])
-        return data.replace(line, damage_json(line, draw))
-    return damage_json(data, draw)
+        data = data.replace(line, damage_json(line, draw))
+    else:
+        data = damage_json(data, draw)
+    path.write_bytes(data)
 
 
 def hang(*_):
@@ -161,13 +173,14 @@ def test_a_damaged_file_is_used_or_refused_in_one_line(file, seed, good, tmp_pat
     path = folder / file
     if file == "tokenizer.json":
         write_tokenizer_json(path)
-    path.write_bytes(damaged(path.read_bytes(), path.suffix, random.Random(f"{file} {seed}")))
+    damage(path, random.Random(f"{file} {seed}"))
     before = signal.signal(signal.SIGVTALRM, hang)
     signal.setitimer(signal.ITIMER_VIRTUAL, 20)                     # seconds of this process
     try:
         use(folder)
     except (ValueError, OSError, ImportError) as e:
-        assert str(folder) in str(e) or "this model's" in str(e)
+        # a model that can still be read may say so itself
+        assert re.search(f"{folder}|this model's|logits are not finite", str(e))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
