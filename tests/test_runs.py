@@ -230,10 +230,13 @@ def test_five_kills_change_nothing_in_training(tmp_path):
 # ------------------------------------------------------------------------------------ how it ends
 
 START = """
-import sys, time
+import signal, sys, time
 sys.path[:0] = ["."]
 from support.options import cli
 from support.runs import stop_on_signals
+
+# tests that a script runs in the background would pass on to it that Ctrl-C is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work():
     print("ready", flush=True)
