@@ -37,7 +37,7 @@ class Predictor(nn.Module):
 
 
 class NearPredictor(Predictor):
-    """Beyond the paper: also reads the mean state of the tokens at most 16 positions away.
+    """Not in the paper: also reads the mean state of the tokens at most 16 positions away.
 
     What answers a question stands in one place, so a token's neighbours tell of it. Half as wide,
     it costs the same.
@@ -120,7 +120,5 @@ def ranking_loss(scores, saliency, pairs="equal"):
     i, j = torch.triu_indices(n, n, 1, device=scores.device)        # every pair i < j
     above = saliency[i] - saliency[j]
     loss = F.softplus(-(scores[i] - scores[j]) * above.sign())  # Eq. 6
-    weight = torch.ones_like(loss)
-    if pairs == "saliency":
-        weight = above.abs() / saliency.mean().clamp(min=1e-30)     # in units of the row's mean
-    return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
+    weight = above.abs() if pairs == "saliency" else torch.ones_like(loss)
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-30)
