@@ -72,8 +72,8 @@ passages="python -m lab.tasks --data $data/dolly.jsonl"
 $passages --out out/passages.jsonl
 $passages --out out/passages-8.jsonl --passages 8
 $passages --out out/passages-mixed.jsonl --plain 0.5
-mixed="--data out/passages-mixed.jsonl --context --max-prompt 2000 $best --around 0.5 --near
-    --report-rows 0"
+training="--data out/passages-mixed.jsonl --context --max-prompt 2000 $best --report-rows 0"
+mixed="$training --around 0.5 --near"
 four="--data out/passages.jsonl --context --max-prompt 2000"
 small="--ckpt smollm2 --predictors checkpoints/smollm2/passages.safetensors"
 large="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/passages.safetensors"
@@ -122,6 +122,14 @@ for seed in 1 2; do
     python train.py --ckpt smollm2 $mixed --epochs 8 --limit 400 --seed $seed --out out/seed$seed
     make smollm2_passages_seed$seed $quality --ckpt smollm2 --predictors out/seed$seed $four \
         --limit 65 --scorers full predictor neighbours random
+done
+for part in near around; do         # docs/choices.md: one of the two without the other
+    wanted "out/$part.log" $part || continue
+    python train.py --ckpt smollm2 $training --$part $([[ $part == near ]] || echo 0.5) \
+        --epochs 8 --limit 400 --out "out/$part"
+    $quality --ckpt smollm2 --predictors "out/$part" $four --limit 65 \
+        --scorers full predictor random > "out/$part.lines"
+    mv "out/$part.lines" "out/$part.log"
 done
 for part in passage question; do
     context=$([[ $part == question ]] || echo --context)
