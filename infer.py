@@ -52,6 +52,8 @@ def sampler(temperature):
 @torch.no_grad()
 def decode(model, logits, caches, N, pick=greedy):
     """Token ids after a prompt of N tokens, without an end; the first follows from logits (1, V).
+
+    Raises ValueError for logits that are not finite.
     """
     for pos in count(N):
         need(logits.isfinite().all(), f"the logits are not finite in {model.dtype}: the weights "
@@ -93,9 +95,9 @@ def compare(model, tokens, arms, new, repeats, progress, **given):
     Every arm makes `new` tokens, past an eos too. given: options of `generate`.
     """
     N, costs = tokens.shape[1], {}
-    arms_run = {name: partial(generate, model, tokens, new, *arm, eos=(), **given)
-                for name, arm in arms.items()}
-    times = runs.take_turns(arms_run, repeats, progress)
+    calls = {name: partial(generate, model, tokens, new, *arm, eos=(), **given)
+             for name, arm in arms.items()}
+    times = runs.take_turns(calls, repeats, progress)
     for name, (schedule, _) in arms.items():
         counts = schedule.counts(N, len(model.blocks))
         costs[name] = {"flops": flops(model.config, counts, schedule=schedule),

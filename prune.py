@@ -25,7 +25,6 @@ from support.processes import join
 from support.weights import DTYPES, shape_of
 
 
-
 @dataclass(frozen=True)
 class Schedule:
     """Where the stages are, and how many tokens survive each: the paper's for 32 blocks."""
@@ -97,7 +96,6 @@ def select(scores, pos, k, N, schedule):
     s = s.masked_fill(protected(pos, N, schedule), math.inf)
     best = s.argsort(descending=True, stable=True)[0, :k]       # the earlier token wins a tie
     return best.sort().values                   # in reading order causal attention stays causal
-
 
 
 class Stage(NamedTuple):
@@ -172,7 +170,6 @@ def nll(model, tokens, prompt_len, schedule=UNPRUNED, scorer=None):
     return F.cross_entropy(logits, response[0], reduction="none")
 
 
-
 def flops(config, counts, accounting="exact", schedule=UNPRUNED):
     """FLOPs of a prefill in which counts[l] tokens enter block l; a multiply-add is 2.
 
@@ -215,7 +212,6 @@ def flops_row(config, schedule, N):
         row["kv_bytes"].append(kv_bytes(config, counts))
     row["counts"] = counts
     return row
-
 
 
 def load_predictors(path, model, schedule=None):

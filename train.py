@@ -250,10 +250,10 @@ def rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(turn))
 
 
-def fit(model, rows, schedule, recipe, out, marker=marking, **around):
+def fit(model, rows, schedule, recipe, out, marker=marking, **given):
     """Train new predictors, or resume, and write the file `out` -> the finished Run.
 
-    around: options of support.runs.Run.
+    given: options of support.runs.Run.
     """
     after = schedule.after(len(model.blocks))
     need(after, f"no stage of {schedule} stands before the last block")
@@ -265,7 +265,7 @@ def fit(model, rows, schedule, recipe, out, marker=marking, **around):
         predictors.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     if recipe.around:
         marker = blending(marker)
-    run = runs.Run(out, model, predictors, optimizer, rows, schedule, recipe, **around)
+    run = runs.Run(out, model, predictors, optimizer, rows, schedule, recipe, **given)
     for step in train(model, predictors, optimizer, rows, schedule, recipe, run.done, marker):
         run.after_step(step)            # progress, reports, saves, a clean stop
     return run

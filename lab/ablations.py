@@ -195,7 +195,7 @@ def read_options():
                         help="training rows (--limit counts the held-out ones)")
     parser.add_argument("--epochs", type=options.at_least(1), default=2, help="passes over them")
     parser.add_argument("--seeds", type=options.at_least(0), nargs="+", help="of the trainings "
-                        "(default: 0); of several the mean counts")
+                        "(default: 0)")
     parser.add_argument("--png", metavar="PREFIX", type=options.picture_file, help="draw "
                         "PREFIX_figure4.png and PREFIX_figure5.png (needs matplotlib)")
     parser.add_argument("--work", default="out/ablations",

@@ -135,13 +135,13 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
         if len(found) == limit:
             break
     need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens"
-                f"{listed('; left out: ', lost)}")
+                f"{tally('; left out: ', lost)}")
     cuts = {f"responses cut to {max_response} tokens": cut}
     tell_losses(path, f"{split}: {len(found)} rows", lost, cuts)
     return found
 
 
-def listed(head, counts):
+def tally(head, counts):
     """Head and the counts {what: number} that are not 0, as text; "" where all are."""
     parts = [f"{number:,} {what}" for what, number in counts.items() if number]
     return head + ", ".join(parts) if parts else ""
@@ -152,7 +152,7 @@ def tell_losses(path, rows, lost, cuts):
 
     rows: text about those that are used; lost, cuts: {what: number}.
     """
-    losses = listed("; left out: ", lost) + listed("; ", cuts)
+    losses = tally("; left out: ", lost) + tally("; ", cuts)
     if losses and rank() == 0:
         print(f"{Path(path).name}, {rows}{losses}", flush=True)
 

@@ -39,7 +39,7 @@ def test_both_arms_are_measured_beside_their_floors(changes):
     for name, (_, schedule, scorer) in arms.items():
         told, counts = row[name], schedule.counts(40, 6)
         _, caches, _ = prefill(model, TOKENS, schedule, scorer)
-        assert told["kv_bytes"] == sum(cache.bytes for cache in caches)
+        assert told["kv_bytes"] == sum(2 * cache.k[:, :, :cache.n].nbytes for cache in caches)
         assert told["flops"] == flops(model.config, counts, schedule=schedule)
         floors = told["flops"] / 1e12, (weights + told["kv_bytes"]) / 1e10
         whole.append(floors[0] + 4 * floors[1])
