@@ -4,13 +4,14 @@ A chat template is a program in Jinja that comes with a checkpoint. It runs in j
 with the settings and names that transformers 5.23 gives it. So it can write text and do nothing
 else. The tests compare prompts with transformers' apply_chat_template, token by token.
 
-What is not known here: earlier turns, tools, documents, and the tag {% generation %}, which is
-refused. A template that loops for hours and writes nothing meanwhile is not stopped.
+What is not known here: tools, documents, and special tokens that no file of the checkpoint names.
+A template that loops for hours and writes nothing meanwhile is not stopped.
 """
 import hashlib
 import json
-import time
+import re
 from collections import namedtuple
+from datetime import datetime
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,9 @@ from support.tokenizer import read_settings, special_tokens
 
 BUILT_IN = {
     "plain": """\
-{% if messages[1:] %}{{ raise_exception('it has no place for a system text') }}{% endif %}
+{% if messages[1:] %}
+    {{ raise_exception('it has no place for a system text or earlier turns') }}
+{% endif %}
 {{ messages[0].content }}""",
     # for checkpoints without a template; a system turn stands there only if it is asked for
     "chatml": """\
@@ -41,29 +44,28 @@ LONGEST = 100_000                   # pieces of text; a template that writes mor
 Chat = namedtuple("Chat", "name source system why bos file tokens")
 
 
-def choose_chat(root, template=None, system=None, metadata={}):
+def choose_chat(root, template=None, system=None, metadata=None):
     """The Chat of a checkpoint directory: the one asked for (--template, --system), else that of
     the predictors' metadata, else the checkpoint's own, else plain.
 
     template: "plain", "chatml", "own" or the path of a .jinja file. Raises ValueError for one that
     is missing, damaged, or not the one that the predictors were trained with.
     """
+    metadata = {} if template else metadata or {}
     files = map(root.joinpath, ("chat_template.jinja", "chat_template.json",
                                 "tokenizer_config.json"))
-    own = next(filter(read_template, filter(Path.is_file, files)), None)
+    own = next(filter(read_template, files), None)
     name = template or metadata.get("template") or ("own" if own else "plain")
     file = own if name == "own" else Path(name)
     source = BUILT_IN.get(name) or file and read_template(file)
-    need(source, f"{root}: no chat template {name}; choose --template plain, chatml, own (where "
-                 "the checkpoint has one) or a .jinja file")
-    why = "that of the predictors" if metadata else f"{own or 'the checkpoint has none'}"
-    if template:
-        why = "asked for"
-    else:
-        system = system or metadata.get("system")
-    chat = Chat(name, source, system, why, name in BUILT_IN, file,
+    why = "asked for" if template else f"{own or 'the checkpoint has none'}"
+    if "template" in metadata:
+        why = "that of the predictors"
+    need(source, f"{root}: no chat template {name} ({why}); choose --template plain, chatml, own "
+                 "(where the checkpoint has one) or a .jinja file")
+    chat = Chat(name, source, system or metadata.get("system"), why, name in BUILT_IN, file,
                 special_tokens(read_settings(root)))
-    need(template or metadata.get("template_sha") in (None, chat_notes(chat)["template_sha"]),
+    need(chat.bos or metadata.get("template_sha") in (None, chat_notes(chat)["template_sha"]),
          f"{file}: not the chat template that the predictors were trained with; --template {name} "
          "uses it all the same")
     return chat
@@ -72,7 +74,7 @@ def choose_chat(root, template=None, system=None, metadata={}):
 def read_template(file):
     """The default chat template that a .jinja or .json file holds; None where it holds none."""
     with blame(file, "no default chat template that can be read"):
-        if file.suffix == ".jinja":
+        if file.suffix == ".jinja" and file.is_file():
             return file.read_text(encoding="utf-8")
         found = read_object(file).get("chat_template")
         if isinstance(found, list):
@@ -90,18 +92,21 @@ def chat_notes(chat):
     return notes | {"system": chat.system} if chat.system else notes
 
 
-def render(chat, text):
-    """The prompt of one user turn, up to where the answer begins: a str for the tokenizer, which
+def render(chat, text, before=()):
+    """The prompt of a user's text, up to where the answer begins: a str for the tokenizer, which
     puts begin-of-text in front only where chat.bos says so.
 
+    before: the turns that stand before it, {"role": system, user or assistant, "content": text}.
+    A system text that was asked for, chat.system, takes the place of theirs.
     Raises ValueError that names the template's file for whatever goes wrong in it.
     """
+    before = [turn for turn in before if not chat.system or turn["role"] != "system"]
     try:
         pieces = compiled(chat.source).generate(
-            messages=[{"role": "system", "content": chat.system},
+            messages=[{"role": "system", "content": chat.system}, *before,
                       {"role": "user", "content": text}][not chat.system:],
-            add_generation_prompt=True, tools=None, documents=None,
-            raise_exception=partial(need, False), strftime_now=time.strftime, **chat.tokens)
+            add_generation_prompt=True, tools=None, documents=None, **chat.tokens,
+            raise_exception=partial(need, False), strftime_now=datetime.now().strftime)
         pieces = list(islice(pieces, LONGEST))
         need(len(pieces) < LONGEST, "it does not come to an end")
         return "".join(pieces)
@@ -116,4 +121,6 @@ def compiled(source):
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # not for HTML
+    # {% generation %} marks what a model said, for its training: here a block like any other
+    source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
     return sandbox.from_string(source)

@@ -21,6 +21,7 @@ What is not known here: lstrip, rstrip and single_word of a token beside a token
 where tokenizer_config.json has add_prefix_space false but the tokenizer.json puts spaces, the ids
 are right and decode loses a first space.
 """
+import codecs
 import re
 from importlib.util import find_spec
 
@@ -29,7 +30,9 @@ from support.files import blame, need, read_json, read_object
 from support.weights import find
 
 SPACE = "\u2581"                    # what stands for a space in the vocabulary of sentencepiece
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+# A byte-level vocabulary writes a byte as the letter of that number, and those that are no letter
+# as the letters from 256 on.
+BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 256))
 
 
 class Tokenizer:
@@ -58,18 +61,27 @@ class Tokenizer:
         ids = self.inner.encode(text, bos)
         if bos and ids[:2] == self.inner.front * 2:     # a chat template writes one itself
             ids = ids[1:]
-        for token in (min(ids, default=0), max(ids, default=0)):
-            need(0 <= token < self.vocab, f"{self.path}: the tokenizer gives id {token}, by "
-                                          f"config.json the model knows {self.vocab} tokens")
+        strange = [i for i in ids if i not in range(self.vocab)]
+        need(not strange, f"{self.path}: the tokenizer gives ids {strange[:1]}, by config.json the "
+                          f"model knows {self.vocab} tokens")
         return ids
 
     def decode(self, ids):
         """The text of token ids; special tokens and ids beyond the vocabulary are left out."""
-        return self.inner.decode(ids)
+        return self.inner.decode([i for i in ids if i not in self.inner.special])
+
+    def pieces(self, ids):
+        """The readable text of each token, special ones too, for pictures: a list.
+
+        A character that several tokens share stands whole at its last one, and "" at those before.
+        What is no character is U+FFFD; a token beyond the vocabulary is "".
+        """
+        joined = codecs.getincrementaldecoder("utf-8")("replace")
+        return [joined.decode(self.inner.spell(i), n == len(ids)) for n, i in enumerate(ids, 1)]
 
     def piece(self, token):
-        """One token as readable text, for pictures; "" for one beyond the vocabulary."""
-        return self.inner.piece(token)
+        """One token as readable text."""
+        return self.pieces([token])[0]
 
 
 def open_files(root):
@@ -96,6 +108,7 @@ class FromJson:
 
     def __init__(self, file):
         import tokenizers
+        from tokenizers import decoders
         settings = read_settings(file.parent)
         try:
             self.hf = tokenizers.Tokenizer.from_file(str(file))
@@ -104,6 +117,9 @@ class FromJson:
             # what tokenizer_config.json says of a token counts before what the file says
             self.hf.add_tokens([tokenizers.AddedToken(**token)
                                 for token in added_tokens(settings, {}).values()])
+            self.added = self.hf.get_added_tokens_decoder()
+            self.special = {i for i, token in self.added.items() if token.special}
+            self.bytewise = "ByteLevel" in str(self.hf.decoder)
             probe = self.hf.encode("a")
             self.front = probe.ids[:probe.special_tokens_mask[0]]
             spaced = probe.tokens[len(self.front)].startswith(SPACE)
@@ -114,22 +130,27 @@ class FromJson:
         self.begin = self.front or [bos] * (bos is not None)
         # Of a LlamaTokenizer the settings say, and no longer the file, where a text gets a space
         # in front. A file that puts none is believed.
-        llama = settings["model_type"] == "llama" and settings.get("tokenizer_class") in LLAMA
-        if llama and spaced:
+        llama = "LlamaTokenizer" in str(settings.get("tokenizer_class"))
+        if spaced and llama and settings["model_type"] != "mistral":
             scheme = where_spaces(settings)
             self.hf.normalizer = None
             self.hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+            if scheme == "never":           # then a first space is the text's own
+                self.hf.decoder = decoders.Sequence(
+                    [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
 
     def encode(self, text, bos):
         return self.hf.encode(text, add_special_tokens=bos).ids
 
     def decode(self, ids):
-        return self.hf.decode(ids, skip_special_tokens=True)
+        return self.hf.decode(ids, skip_special_tokens=False)
 
-    def piece(self, token):
-        if "ByteLevel" in str(self.hf.decoder):
-            return self.hf.decode([token], skip_special_tokens=False)
-        return (self.hf.id_to_token(token) or "").replace(SPACE, " ")   # decode loses a first space
+    def spell(self, token):
+        """The bytes of one token."""
+        text = self.hf.id_to_token(token) or ""
+        if self.bytewise and token not in self.added:
+            return text.translate(BYTES).encode("latin-1", "replace")
+        return spell(text)
 
 
 # --------------------------------------------------------------------------------- tokenizer.model
@@ -144,60 +165,56 @@ class FromModel:
     """
 
     def __init__(self, file):
+        from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
         settings = read_settings(file.parent)
         with blame(file, "not a sentencepiece model, or the list of added tokens is damaged"):
-            self.sp, self.bare = open_sentencepiece(file)
+            data = file.read_bytes()
+            # A part that stands twice in such a file is merged, and the later setting counts.
+            bare = SentencePieceNormalizer(model_proto=data, add_dummy_prefix=False)
+            self.sp = SentencePieceProcessor(model_proto=data)
+            self.bare = SentencePieceProcessor(model_proto=data + bare.serialized_model_proto())
+            self.pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
             # pieces that the model's maker defined for use in texts are found by sentencepiece
-            pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
-            marks = {i: {"content": text, "special": True} for i, text in pieces.items()
+            marks = {i: {"content": text, "special": True} for i, text in self.pieces.items()
                      if self.sp.is_control(i) or self.sp.is_unknown(i)}
             marks |= added_tokens(settings, read_object(file.with_name("added_tokens.json")))
             self.special = {i for i, token in marks.items() if token["special"]}
-            self.marks = {token["content"]: i for i, token in marks.items()}
-            self.pieces = pieces | {i: text for text, i in self.marks.items()}
-            longest_first = sorted(filter(None, self.marks), key=len, reverse=True)
-            self.split = re.compile("|".join(map(re.escape, longest_first)))
+            self.pieces |= {i: token["content"] for i, token in marks.items()}
+            self.marks = {self.pieces[i]: i for i in marks}
+            longest_first = sorted(self.marks, key=len, reverse=True)
+            self.split = re.compile("|".join(pattern(marks[self.marks[text]])
+                                             for text in longest_first))
         bos = special_tokens(settings).get("bos_token", "<s>")
         self.begin = [self.marks[bos]] if bos in self.marks else []
-        self.front = self.begin if settings.get("add_bos_token", True) else []
+        self.front = self.begin * bool(settings.get("add_bos_token", True))
         self.spaces = where_spaces(settings)
         if self.spaces == "never":
             self.sp = self.bare
-        if self.sp.encode("a") == self.bare.encode("a"):
-            self.spaces = "model"           # sp puts no space in front: take it as it is
+        if self.sp.encode("a") != self.bare.encode(" a"):
+            self.spaces = "model"           # has its own way with spaces: take it as it is
 
     def encode(self, text, bos):
         ids, end = self.front * bos, 0
-        for found in self.split.finditer(text):
-            ids += self.between(text[end:found.start()], end == 0)
-            ids.append(self.marks[found[0]])
-            end = found.end()
-        return ids + self.between(text[end:], end == 0)
-
-    def between(self, text, start):
-        """The ids of a text without marks; start: nothing stands before it."""
-        if self.spaces != "model" and text.startswith((" ", SPACE)):
-            # sp would put a second one in front; alone it would be nothing to sp
-            return self.sp.encode(text[1:]) or self.bare.encode(text)
-        spaced = start or self.spaces != "first"
-        return (self.sp if spaced else self.bare).encode(text)
+        for found in [*self.split.finditer(text), None]:
+            part = text[end:found and found.start()]
+            bare = part.startswith((" ", SPACE)) or self.spaces == "first" and end
+            ids += (self.bare if bare and self.spaces != "model" else self.sp).encode(part)
+            if found:
+                ids.append(self.marks[found[found.lastindex]])
+                end = found.end()
+        return ids
 
     def decode(self, ids):
-        return self.sp.decode([self.pieces[i] for i in ids
-                               if i in self.pieces and i not in self.special])
+        return self.sp.decode([self.pieces[i] for i in ids if i in self.pieces])
 
-    def piece(self, token):
-        return self.pieces.get(token, "").replace(SPACE, " ")
+    def spell(self, token):
+        return spell(self.pieces.get(token, ""))
 
 
-def open_sentencepiece(file):
-    """tokenizer.model -> its processor, and one that puts no space in front of a text."""
-    from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
-    data = file.read_bytes()
-    # A part that stands twice in such a file is merged, and the later setting counts.
-    bare = SentencePieceNormalizer(model_proto=data, add_dummy_prefix=False)
-    both = data + bare.serialized_model_proto()
-    return SentencePieceProcessor(model_proto=data), SentencePieceProcessor(model_proto=both)
+def spell(piece):
+    """The bytes of a piece of sentencepiece's; <0xE6> is one byte."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 
 
 # ------------------------------------------------------------------------------ the files beside it
@@ -227,11 +244,18 @@ def added_tokens(settings, older):
     """
     listed = {i: {"content": text} for text, i in older.items()}
     listed = settings.get("added_tokens_decoder", listed)
-    roles, tokens = special_tokens(settings).values(), {}
-    for i in sorted(listed, key=int):
-        special = listed[i]["content"] in roles or listed[i].get("special", False)
-        tokens[int(i)] = {**listed[i], "special": special}
-    return tokens
+    roles = special_tokens(settings).values()
+    return {int(i): listed[i] | {"special": listed[i]["content"] in roles
+                                 or listed[i].get("special", False)}
+            for i in sorted(listed, key=int)}
+
+
+def pattern(token):
+    """A regular expression for an added token, and for the spaces around it that it swallows."""
+    text = f"({re.escape(token['content']) or '(?!)'})"
+    if token.get("single_word"):
+        text = rf"(?<!\w){text}(?!\w)"
+    return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
 
 
 def where_spaces(settings):
@@ -244,4 +268,4 @@ def where_spaces(settings):
         return "never"
     if not settings.get("legacy"):
         return "first"
-    return "always" if settings["model_type"] == "llama" else "model"
+    return "model" if settings["model_type"] == "mistral" else "always"

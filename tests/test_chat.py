@@ -194,7 +194,7 @@ def test_templates_that_are_not_there_or_damaged(tmp_path):
         choose_chat(root)
     (root / "chat_template.jinja").unlink()
     for name in ("own", "llama-3"):
-        with pytest.raises(ValueError, match=f"no chat template {name}; choose --template plain"):
+        with pytest.raises(ValueError, match=f"no chat template {name} .asked for.; choose --templ"):
             choose_chat(root, name)
     with pytest.raises(ValueError, match="plain: .* has no place for a system text"):
         render(choose_chat(root, system="Be brief."), "Hi")
