@@ -97,6 +97,10 @@ def make_tokenizer(seed):
     return SentencePieceProcessor(model_file=str(path))
 
 
+# A prompt ends in "Answer:", and the answer goes on in that line.
+TEMPLATE = ("{% if messages[1:] %}{{ raise_exception('it has no place for a system text') }}"
+            "{% endif %}<s> {{ messages[0].content }}")
+
 # ----------------------------------------------------------------------------------- pretraining
 
 # Retrieval does not come by itself. First copying: random tokens repeated at one fixed distance
@@ -211,6 +215,7 @@ def write(model, seed):
     state = {hf_name(name): p.half() for name, p in model.named_parameters()}
     files.save_tensors(TOY / "model.safetensors", state, {"format": "pt"})
     (TOY / "config.json").write_text(json.dumps(config.hf_config(model.config), indent=1))
+    (TOY / "chat_template.jinja").write_text(TEMPLATE)
     rng = random.Random(seed + 2)
     with open(TOY / "train.jsonl", "w") as file:
         for _ in range(400):

@@ -1,9 +1,13 @@
 """Rows of a data file -> prompts and responses as token ids.
 
-Data files hold one JSON object a line with instruction, context and response, as in
-databricks-dolly-15k. The last 10% of a file is never used for training: 5% to measure on, 5% to
-choose settings by.
+A data file holds one JSON object a line, or a JSON array of them, in one of three forms:
+    Dolly   instruction, context, response
+    Alpaca  instruction, input, output
+    chat    messages, turns of role and content: the last assistant's turn is the response, the
+            user's turn before it the instruction
+The last 10% of a file is never used for training: 5% to measure on, 5% to choose settings by.
 """
+import codecs
 import hashlib
 import json
 from collections import Counter
@@ -13,11 +17,17 @@ from typing import NamedTuple
 import torch
 
 from support.chat import render
-from support.files import need
+from support.files import blame, need
 from support.processes import rank
 from support.weights import ROOT, find, snapshots
 
 DOLLY = "databricks/databricks-dolly-15k"
+
+
+PARTS = ("instruction", "context", "response")
+ALPACA = {"input": "context", "output": "response"}
+# Text that repeats or sorts a row, in Dolly, in Alpaca and in what lab.tasks writes.
+ASIDE = (*PARTS, "category", "text", "passage")
 
 
 class Example(NamedTuple):
@@ -28,44 +38,88 @@ class Example(NamedTuple):
 # ------------------------------------------------------------------------------------------- files
 
 
-def read_rows(path, split="all", fields=("instruction", "context", "response")):
-    """Rows of a JSONL file, a list of dicts; `fields` have to be text (a context may be absent).
+def read_rows(path, split="all", fields=PARTS, lost=None):
+    """Rows of a data file, a list of dicts; `fields` have to be text (a context may be absent).
 
-    split: "train" is the first 90%, "heldout" the next 5% (to measure on), "validation" the last
-    5% (to choose by), both without rows whose context stands in an earlier split; "all".
+    Alpaca's and chat rows get Dolly's names; "before": the turns of a chat that stand before its
+    instruction. split: "train" is the first 90%, "heldout" the next 5% (to measure on),
+    "validation" the last 5% (to choose by), both without rows whose context, or instruction where
+    there is none, stands in an earlier split; lost, a Counter, is told how many. "all": every row.
     Raises ValueError with file and line number for what is not such a row.
     """
     path = Path(path)
     need(path.is_file(), f"{path}: no such data file")
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(parse_row(line, f"{path}, line {number}", fields))
+    rows = [named(row, where, fields) for where, row in parsed(path)]
     if split == "all":
         return rows
     train_end = len(rows) - max(1, len(rows) // 10)
     heldout_end = len(rows) - len(rows) // 20
-    if split == "train":
-        return rows[:train_end]
-    start, end = (train_end, heldout_end) if split == "heldout" else (heldout_end, len(rows))
-    known = {row["context"] for row in rows[:start] if row.get("context")}
-    return [row for row in rows[start:end] if row.get("context") not in known]
+    parts = {"train": (0, train_end), "heldout": (train_end, heldout_end),
+             "validation": (heldout_end, len(rows))}
+    start, end = parts[split]
+    need(start < end, f"{path}: too few rows, {len(rows)}, for any {split} ones: the last 10% of a "
+                      "file, at least one row, are held out, and half of these to choose by")
+    known = set(map(asked_of, rows[:start]))
+    found = [row for row in rows[start:end] if asked_of(row) not in known]
+    if lost is not None:
+        lost["with the text of a row of an earlier split"] += end - start - len(found)
+    return found
 
 
-def parse_row(line, where, fields):
-    """One line, bytes -> dict."""
+def parsed(path):
+    """What each line of a file holds, or each entry of its array: yields (where, value)."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.lstrip().startswith(b"["):
+        for number, value in enumerate(parse(data, path), start=1):
+            yield f"{path}, entry {number}", value
+        return
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse(line, where)
+
+
+def parse(data, where):
+    """The value of a JSON text, bytes."""
     try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False).encode()    # a lone surrogate is no text
-    except (ValueError, RecursionError) as e:           # also bytes that are not UTF-8
-        raise ValueError(f"{where}: not valid JSON ({e})") from None
+        value = json.loads(data.decode())
+        json.dumps(value, ensure_ascii=False).encode()      # a lone surrogate is no text
+        return value
+    except (ValueError, RecursionError) as e:               # also bytes that are not UTF-8
+        raise ValueError(f"{where}: not valid JSON, expected one object a line or an array of "
+                         f"them ({e})") from None
+
+
+def named(row, where, fields):
+    """A row in Dolly's names, where Dolly's fields are asked for."""
     need(isinstance(row, dict), f"{where}: expected a JSON object")
+    if fields == PARTS and "messages" in row:
+        row = row | last_turns(row["messages"], where)
+    elif fields == PARTS:
+        row = {ALPACA.get(name, name) if ALPACA.get(name) not in row else name: value
+               for name, value in row.items()}
     for field in fields:
         value = row.get(field)
         need(isinstance(value, str) or field == "context" and value is None,
              f"{where}: {field!r} is missing or not text")
     return row
+
+
+def last_turns(turns, where):
+    """Turns of role and content -> the last question and its answer, and what stands before."""
+    with blame(where, "messages are not turns of role and content, a user's and then an "
+                      "assistant's last"):
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        asked, said = turns[last - 1], turns[last]
+        need(last and asked["role"] == "user", "nobody asks")
+        need(all(isinstance(turn["content"], str) for turn in turns), "a content is not text")
+        return {"instruction": asked["content"], "response": said["content"],
+                "before": turns[:last - 1]}
+
+
+def asked_of(row):
+    """What makes a row another one's double: its context, else all that is said before it ends."""
+    return row.get("context") or json.dumps([row.get("before"), row.get("instruction")])
 
 
 def rows_at_hand(ckpt):
@@ -98,9 +152,11 @@ def prompt_text(row, question="first"):
 def encode_row(tokenizer, row, chat, max_response=96, question="first"):
     """A row {instruction, context, response} -> Example; the response is cut.
 
-    chat: the template around the user's text, a support.chat.Chat.
+    chat: the template around the user's text, a support.chat.Chat. The plain one marks no end of
+    the prompt, so here a line break does.
     """
-    prompt = tokenizer.encode(render(chat, prompt_text(row, question)), chat.bos)
+    text = prompt_text(row, question) + "\n" * (chat.name == "plain")
+    prompt = tokenizer.encode(render(chat, text, row.get("before", ())), chat.bos)
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
     return Example(torch.tensor(prompt + response), len(prompt))
 
@@ -111,10 +167,12 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
 
     context: only rows that have one. max_response: responses are cut to so many tokens, None: not.
     A row longer than the model's positions, or without a response, is left out. One line says how
-    many rows are left out or cut.
+    many rows are left out or cut, and which texts of theirs nobody reads.
     """
-    found, lost, cut = [], Counter(), 0
-    for row in read_rows(path, split):
+    found, lost, cuts = [], Counter(), Counter()
+    for row in read_rows(path, split, lost=lost):
+        cuts.update(f"rows whose {name!r} is not read" for name, value in row.items()
+                    if name not in ASIDE and isinstance(value, str) and value)
         if context and not row.get("context"):
             lost["without a context"] += 1
             continue
@@ -130,13 +188,12 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
         if fault:
             lost[fault] += 1
             continue
-        cut += len(tokens) < len(whole.tokens)
+        cuts[f"responses cut to {max_response} tokens"] += len(tokens) < len(whole.tokens)
         found.append(Example(tokens, n))
         if len(found) == limit:
             break
     need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens"
                 f"{tally('; left out: ', lost)}")
-    cuts = {f"responses cut to {max_response} tokens": cut}
     tell_losses(path, f"{split}: {len(found)} rows", lost, cuts)
     return found
 
