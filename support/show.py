@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.options import hardware
+from support.options import beside, hardware
 
 
 # ------------------------------------------------------------------------------- both arms' answers
@@ -27,19 +27,21 @@ def arms(prompt, said, row, fixed, html=None):
     where to write the page of survivors.
     """
     n, trace, tokenizer = len(prompt.ids), said["sdtp"].trace, prompt.tokenizer
-    pieces, stage_of = [tokenizer.piece(t) for t in prompt.ids], dropped_at(trace, n)
+    pieces, stage_of = tokenizer.pieces(prompt.ids), dropped_at(trace, n)
     print(survivors_text(pieces, stage_of, len(trace)) + "\n")
-    if html:
-        survivors_page(html, pieces, stage_of, trace, fixed)
-        print(f"wrote {html}")
     result = {"prompt_tokens": n, "expected": prompt.expected, "stage_of": stage_of,
               "ideal": row["ideal"]}
     for name, run in said.items():
         result[name] = {"text": tokenizer.decode(run.tokens[:-1] if run.ended else run.tokens),
                         "counts": run.counts, "new_tokens": len(run.tokens), **row[name]}
         print(in_words(name, result[name]))
+    answers = {"all tokens": result["full"]["text"], "pruned": result["sdtp"]["text"]}
     if prompt.expected is not None:
         print(f"right {prompt.expected!r}")
+        answers["right"] = prompt.expected
+    if html:
+        survivors_page(html, pieces, stage_of, trace, fixed, answers)
+        print(f"wrote {html}")
     full, sdtp = result["full"], result["sdtp"]
     print(f"\n{n} prompt tokens, {1 - sdtp['counts'][-1] / n:.0%} dropped by the last stage; "
           f"prefill {row['speedup']['prefill']:.2f}x as fast (ideal by FLOPs {row['ideal']:.2f}x), "
@@ -88,8 +90,8 @@ def survivors_text(pieces, stage_of, stages):
     return "".join(shown) + f"\n\n{count}; dropped by " + ", ".join(legend)
 
 
-def survivors_page(path, pieces, stage_of, trace, fixed):
-    """The same as one self-contained page, made from survivors.html.
+def survivors_page(path, pieces, stage_of, trace, fixed, answers):
+    """The same as one self-contained page, made from survivors.html; answers: {arm: its text}.
 
     A slider goes through the stages. A token shows its score at every stage that saw it, and its
     rank among the tokens that compete; the protected ones, `fixed`, do not.
@@ -109,7 +111,8 @@ def survivors_page(path, pieces, stage_of, trace, fixed):
     stages = [{"block": stage.block, "seen": stage.seen.shape[1], "kept": stage.kept.shape[1]}
               for stage in trace]
     # "<" is escaped, so that no text of the prompt can close the script
-    text = json.dumps({"stages": stages, "tokens": tokens}).replace("<", "\\u003c")
+    told = {"answers": answers, "stages": stages, "tokens": tokens}
+    text = json.dumps(told).replace("<", "\\u003c")
     template = Path(__file__).with_name("survivors.html").read_text(encoding="utf-8")
     Path(path).write_text(template.replace("DATA", text, 1), encoding="utf-8")
 
@@ -157,9 +160,9 @@ def trained(args, log, out, seconds):
     """What stands last of a training, and its curve -> a dict."""
     if args.png:
         curve(log, args.png)
-    ckpt = "" if args.ckpt == "toy" else f" --ckpt {args.ckpt}"
-    where = f" --predictors {args.out}" if args.out else ""
-    print(f"wrote {out} after {seconds:.0f} s; next: python infer.py{ckpt}{where}")
+    words = [] if args.ckpt == "toy" else ["--ckpt", args.ckpt]
+    words += ["--predictors", args.out] if args.out else []
+    print(f"wrote {out} after {seconds:.0f} s; next: {beside('infer.py', *words)}")
     return {"seconds": seconds, "out": str(out), "log": log}
 
 
@@ -182,7 +185,7 @@ def curve(log, path):
 
 def figure1(s, example, tokenizer, png):
     """Figure 1 in the terminal, and as a picture: s (L, P) -> the numbers, a dict."""
-    labels = [tokenizer.piece(token) for token in example.tokens[:example.prompt_len].tolist()]
+    labels = tokenizer.pieces(example.tokens[:example.prompt_len].tolist())
     shares = s / s.amax(-1, keepdim=True).clamp(min=1e-30)          # of the block's largest
     print("block " + "".join(f"{b:>2}" if b % 4 == 0 else "  " for b in range(1, len(s) + 1)))
     for column, label in zip(shares.T.tolist(), labels):

@@ -23,7 +23,8 @@ def page(tiny, tokens, tmp_path):
                           lambda s, x, pos: torch.rand(pos.shape, generator=generator))
     stage_of = show.dropped_at(trace, 60)
     pieces = HOSTILE + [f" w{i}" for i in range(60 - len(HOSTILE))]
-    show.survivors_page(tmp_path / "page.html", pieces, stage_of, trace, FIXED)
+    said = {"full": "</script>", "right": HOSTILE[0]}
+    show.survivors_page(tmp_path / "page.html", pieces, stage_of, trace, FIXED, said)
     return (tmp_path / "page.html").read_text(encoding="utf-8"), trace, stage_of
 
 
@@ -41,6 +42,7 @@ def test_the_page_loads_nothing_and_no_prompt_breaks_out(page):
     data = data_of(text)
     assert [t["piece"] for t in data["tokens"]][:len(HOSTILE)] == HOSTILE
     assert [t["stage"] for t in data["tokens"]] == stage_of
+    assert data["answers"] == {"full": "</script>", "right": HOSTILE[0]}
     counts = SCHEDULE.counts(60, 6)
     wanted = [(b + 1, counts[b], counts[b + 1]) for b in range(4)]
     assert [(s["block"], s["seen"], s["kept"]) for s in data["stages"]] == wanted
@@ -67,7 +69,7 @@ def test_scores_without_a_number_do_not_break_the_page(tmp_path):
     seen, scores = torch.arange(20)[None], torch.full((1, 20), float("nan"))
     trace = [Stage(1, seen, scores, seen[:, :16])]
     path = tmp_path / "page.html"
-    show.survivors_page(path, ["x"] * 20, show.dropped_at(trace, 20), trace, [False] * 20)
+    show.survivors_page(path, ["x"] * 20, show.dropped_at(trace, 20), trace, [False] * 20, {})
     assert "NaN" not in path.read_text()
 
 
