@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from model import KVCache, Tokenizer
-from prune import (UNPRUNED, extend, flops, kv_bytes, load_pruning, predictor_scorer, prefill,
-                   protected)
+from prune import (UNPRUNED, check, extend, flops, kv_bytes, load_pruning, predictor_scorer,
+                   prefill, protected)
 from support import options, processes, runs, show
 from support.files import need
 from support.weights import compile_blocks
@@ -79,6 +79,7 @@ def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cach
     eos = model.config.eos if eos is None else eos
     new, times = [], [runs.clock(model.device)]
     logits, caches, trace = prefill(model, tokens, schedule, scorer, end - N, cache)
+    check(trace)
     for token in islice(decode(model, logits, caches, N, pick), max_new_tokens):
         times.append(runs.clock(model.device))
         new.append(token)
@@ -89,10 +90,11 @@ def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cach
                       prefill_s, statistics.median(further or [0.0]))
 
 
-def compare(model, tokens, arms, new, repeats, progress, **given):
+def compare(model, tokens, arms, new, repeats, progress, predictors=None, **given):
     """Arms {name: (schedule, scorer)} on a prompt (1, N), in turn -> a row of Table 2, a dict.
 
-    Every arm makes `new` tokens, past an eos too. given: options of `generate`.
+    Every arm makes `new` tokens, past an eos too. predictors: those that the arms use. given:
+    options of `generate`.
     """
     N, costs = tokens.shape[1], {}
     calls = {name: partial(generate, model, tokens, new, *arm, eos=(), **given)
@@ -100,27 +102,30 @@ def compare(model, tokens, arms, new, repeats, progress, **given):
     times = runs.take_turns(calls, repeats, progress)
     for name, (schedule, _) in arms.items():
         counts = schedule.counts(N, len(model.blocks))
-        costs[name] = {"flops": flops(model.config, counts, schedule=schedule),
+        costs[name] = {"flops": flops(model.config, counts, "exact", schedule, predictors),
                        "kv_bytes": kv_bytes(model.config, counts, model.dtype.itemsize)}
     return runs.table_row(N, new, times, costs)
 
 
-def bench(model, arms, sizes, new, repeats, progress):
+def bench(model, arms, sizes, new, repeats, progress, predictors=None):
     """Table 2's rows, measured on prompts of `sizes` random tokens: yields each as it is known."""
     model.check_positions(max(sizes) + new - 1)
     for N in sizes:
         tokens = runs.random_prompt(model.config.vocab, N).to(model.device)
-        yield compare(model, tokens, arms, new, repeats, progress)
+        yield compare(model, tokens, arms, new, repeats, progress, predictors)
 
 
-def answer(args, prompt, model, arms, new, progress):
+def answer(args, prompt, model, arms, new, progress, predictors):
     """Both arms answer a support.options.Prompt, then they take turns and are timed -> a dict."""
     N = len(prompt.ids)
     tokens = torch.tensor([prompt.ids], device=model.device)
     pick = processes.agreed(sampler(args.temperature))
-    said = {name: generate(model, tokens, new, *arm, pick=pick) for name, arm in arms.items()}
+    said = {}
+    for name, arm in arms.items():
+        torch.manual_seed(args.seed)                # both arms draw the same numbers
+        said[name] = generate(model, tokens, new, *arm, pick=pick)
     longest = max(len(run.tokens) for run in said.values())
-    row = compare(model, tokens, arms, longest, args.repeats, progress, pick=pick)
+    row = compare(model, tokens, arms, longest, args.repeats, progress, predictors, pick=pick)
     fixed = protected(torch.arange(N), N, arms["sdtp"][0]).tolist()
     return show.arms(prompt, said, row, fixed, args.html)
 
@@ -139,10 +144,10 @@ def main():
     new = options.fitting(args, model.config.max_positions, longest)
     progress = runs.Progress(quiet=args.quiet)
     if args.bench:
-        rows = bench(model, arms, args.bench, new, args.repeats, progress)
+        rows = bench(model, arms, args.bench, new, args.repeats, progress, predictors)
         result = {"bench": show.bench(model, rows, new)}
     else:
-        result = answer(args, prompt, model, arms, new, progress)
+        result = answer(args, prompt, model, arms, new, progress, predictors)
     options.print_json(args, model, {"schedule": asdict(schedule), **result})
 
 

@@ -158,25 +158,36 @@ def extend(model, tokens, start, caches):
     return model.logits(x)
 
 
+def check(trace):
+    """Refuse scores that are not finite, which a ranking would hide; it waits for the device.
+
+    trace: a Stage for each stage. -inf is a scorer's way to say last. Raises ValueError.
+    """
+    for s, stage in enumerate(trace, start=1):
+        need((stage.scores < math.inf).all(), f"stage {s}, after block {stage.block}: a score is "
+             "not finite: the weights are damaged, or too large for this type of number")
+
+
 def nll(model, tokens, prompt_len, schedule=UNPRUNED, scorer=None):
     """Negative log-likelihood of each response token: tokens (1, N) -> (N - prompt_len,).
 
     The prompt is pruned; the response is read on its caches in one pass, which equals decode.
     """
     prompt, response = tokens[:, :prompt_len], tokens[:, prompt_len:]
-    first, caches, _ = prefill(model, prompt, schedule, scorer, room=response.shape[1])
+    first, caches, trace = prefill(model, prompt, schedule, scorer, room=response.shape[1])
+    check(trace)
     rest = extend(model, response[:, :-1], prompt_len, caches)
     logits = torch.cat((first, rest[0]))                            # (R, V)
     return F.cross_entropy(logits, response[0], reduction="none")
 
 
-def flops(config, counts, accounting="exact", schedule=UNPRUNED):
+def flops(config, counts, accounting="exact", schedule=UNPRUNED, predictors=None):
     """FLOPs of a prefill in which counts[l] tokens enter block l; a multiply-add is 2.
 
     exact: grouped projections, causal pairs only, the head on the last token; with a `schedule`
-    also its predictors. What a sliding window saves is not counted. paper: Table 2's accounting,
-    found by fitting its baselines: nothing grouped, embedding and head for every token, 3 D FLOPs
-    for each pair of tokens and block.
+    also its `predictors`, by default Predictors. What a sliding window saves is not counted. paper:
+    Table 2's accounting, found by fitting its baselines: nothing grouped, embedding and head for
+    every token, 3 D FLOPs for each pair of tokens and block.
     """
     D, V, W = config.dim, config.vocab, config.ffn
     if accounting == "paper":
@@ -192,8 +203,11 @@ def flops(config, counts, accounting="exact", schedule=UNPRUNED):
     for n in counts:
         total += 2 * n * D * (2 * q + 2 * kv + 3 * W)               # q, o, k, v; gate, up, down
         total += 4 * q * (n * (n + 1) // 2)                         # q k^T, weighted sum of v
+    scored = predictor_width(D) * (D + 2)
+    if predictors:
+        scored = sum(p.numel() for p in predictors[0].parameters() if p.dim() == 2)
     for b in schedule.after(len(counts)):
-        total += 2 * counts[b - 1] * predictor_width(D) * (D + 2)
+        total += 2 * counts[b - 1] * scored
     return total
 
 
@@ -248,6 +262,7 @@ def load_pruning(args, split=None):
     schedule = replace(made, **options.schedule_options(args))
     if path:
         predictors, _ = load_predictors(path, model, schedule)
+        runs.tell_other_weights(path, metadata, args.ckpt)
     elif args.ckpt.startswith("random:"):
         predictors = nn.ModuleList(Predictor(model.config.dim) for _ in schedule.after(L))
         predictors = predictors.requires_grad_(False).to(model.device, model.dtype)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Tokenizer, causal_attention, load
 from support import options, runs, show
 from support.files import need
+from support.weights import DTYPES
 
 REDUCE = ("norm_gx", "norm_g", "abs_dot")
 
@@ -90,7 +91,7 @@ def main():
     args = options.saliency_options(__doc__, REDUCE)
     tokenizer = Tokenizer(args.ckpt)
     rows = options.rows_for_figure(args, tokenizer)
-    model = load(args.ckpt)
+    model = load(args.ckpt, DTYPES.get(args.dtype), args.device)
     blocks = range(1, len(model.blocks) + 1)
     marks = []                                                      # of (L, P)
     for example in runs.counted(rows, "rows", args.quiet):

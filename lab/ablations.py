@@ -69,7 +69,7 @@ class Study:
 
     def __init__(self, model, work, epochs=2, quiet=False):
         self.model, self.work, self.epochs, self.quiet = model, Path(work), epochs, quiet
-        self.backbone = digest(model, str(model.dtype), model.device.type)
+        self.backbone = digest(model, asdict(model.config), str(model.dtype), model.device.type)
         self.kept = runs.Measured(self.work / f"nll-{self.backbone}.jsonl", self.backbone)
         self.marker = runs.remembering(marking)     # variants share their marking passes
 
@@ -217,6 +217,7 @@ def main():
     chat = choose_chat(tokenizer.path, args.template, args.system, metadata)
     rows = options.rows_from(args, tokenizer, chat, "train", args.rows)
     heldout = options.rows_from(args, tokenizer, chat, "heldout")
+    need(len(heldout) > 1, f"{len(heldout)} held-out row: of one no error can be estimated")
     if args.table == "tradeoff":
         model, schedule, predictors = load_pruning(args)
     else:

@@ -35,7 +35,7 @@ from statistics import fmean
 import torch
 
 from infer import generate
-from lab.quality import Setup, against_full, mean_of, parse_arm, prepare, read_answers
+from lab.quality import Setup, against_full, error, mean_of, parse_arm, prepare, read_answers
 from lab.tasks import Answer
 from model import Tokenizer
 from prune import load_pruning
@@ -251,7 +251,8 @@ def main():
     found = [find_tasks(manager, name, args.data) for name in args.tasks]
     model, schedule, predictors = load_pruning(args)
     setup = Setup(model, schedule, predictors, args.h2o, tokenizer=Tokenizer(args.ckpt))
-    run = digest(model, predictors or "", schedule, args.h2o, model.dtype, model.device)
+    run = digest(model, asdict(model.config), predictors or "", schedule, args.h2o, model.dtype,
+                 model.device)
     measured = Measured(args.rows_file or f"out/harness/{run}.jsonl", run)
     for tasks in found:
         results = {}
@@ -263,8 +264,8 @@ def main():
             rows += table(results, arm.name, keep)
     for row in rows:
         if "vs_full" in row:
-            print(f"{row['scorer']}, {row['task']} {row['metric']}: {row['vs_full']:+.3f} +- "
-                  f"{row['vs_full_stderr']:.3f} against full")
+            print(f"{row['scorer']}, {row['task']} {row['metric']}: {row['vs_full']:+.3f}"
+                  f"{error(row['vs_full_stderr'])} against full")
     options.print_json(args, model, {
         "num_fewshot": args.num_fewshot, "lm_eval": lm_eval.__version__,
         "schedule": asdict(schedule), "rows": rows})

@@ -60,7 +60,7 @@ from lab import tasks
 from lab.caches import h2o
 from lab.scorers import SCORERS, TRAINED, make_scorer, one_cut, oracle_scorer
 from model import KVCache, Llama, Tokenizer
-from prune import UNPRUNED, Schedule, extend, load_pruning, prefill, select
+from prune import UNPRUNED, Schedule, check, extend, load_pruning, prefill, select
 from saliency import REDUCE, saliency
 from support import options, runs
 from support.chat import choose_chat
@@ -170,7 +170,8 @@ def read_answers(model, tokens, answers, schedule=UNPRUNED, scorer=None, cache=K
     """
     start, N, device = runs.clock(model.device), tokens.shape[1], model.device
     room = max(len(answer.tokens) for answer in answers) - 1        # the last is not read
-    first, caches, _ = prefill(model, tokens, schedule, scorer, room, cache)
+    first, caches, trace = prefill(model, tokens, schedule, scorer, room, cache)
+    check(trace)
     seconds, found = runs.clock(device) - start, []
     step = max(1, room) if cache is KVCache else 1
     for answer in answers:
@@ -246,11 +247,16 @@ class Metric(NamedTuple):
 
 
 def ratio(values, weights):
-    """Sum over sum, and its standard error (ratio estimator, rows independent): NLL per token."""
+    """Sum over sum, and its standard error (ratio estimator, rows independent): NLL per token.
+
+    Of one row there is no error: None.
+    """
     n, total = len(values), sum(weights)
     mean = sum(values) / total
+    if n == 1:
+        return mean, None
     squares = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights))
-    return mean, (squares * n / max(1, n - 1)) ** 0.5 / abs(total)
+    return mean, (squares * n / (n - 1)) ** 0.5 / abs(total)
 
 
 def mean_of(values):
@@ -340,16 +346,21 @@ def show(rows):
 
 
 def line(row):
-    text = f"{row['scorer']:18} {row['value']:14.3f} +- {row['stderr']:.3f}"
+    text = f"{row['scorer']:18} {row['value']:14.3f}{error(row['stderr'])}"
     text += f"  {row['mean_keep']:7.1%}"
     if "vs_full" in row:
-        text += f"   {row['vs_full']:+.3f} +- {row['vs_full_stderr']:.3f}"
+        text += f"   {row['vs_full']:+.3f}{error(row['vs_full_stderr'])}"
     if "share_of_gap" in row:
-        text += f"   {row['share_of_gap']:8.1%} +- {row['share_stderr']:.1%}"
+        text += f"   {row['share_of_gap']:8.1%}{error(row['share_stderr'], '.1%')}"
     if "predictor_ahead" in row:
-        lead, error = row["predictor_ahead"], row["predictor_ahead_stderr"]
-        text = f"{text:88}   {lead:+8.1%} +- {error:.1%}"
+        lead, spread = row["predictor_ahead"], row["predictor_ahead_stderr"]
+        text = f"{text:88}   {lead:+8.1%}{error(spread, '.1%')}"
     return text
+
+
+def error(value, kind=".3f"):
+    """A standard error as text; "" where there is none."""
+    return "" if value is None else f" +- {value:{kind}}"
 
 
 def cells(rows, arms, lengths, depths):
@@ -368,6 +379,15 @@ def cells(rows, arms, lengths, depths):
 
 
 # ------------------------------------------------------------------------------------ command line
+
+USED_BY = {     # what shapes each task
+    "nll": "split context question min_prompt max_prompt max_response template system limit",
+    "text": "max_prompt max_response limit",
+    "lambada": "limit",
+    "long": "split question min_prompt max_prompt max_response template system limit "
+            "max_new_tokens rouge",
+    "needle": "question template system lengths depths",
+}
 
 
 def quality_options():
@@ -391,7 +411,10 @@ def quality_options():
                         default=(0, 25, 50, 75, 100), help="where the needle stands in the text")
     parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far "
                         "(default: a file under out/quality/ named after the command)")
-    return parser.parse_args()
+    args, idle = parser.parse_args(), set(" ".join(USED_BY.values()).split())
+    idle -= set(USED_BY[args.task].split())
+    options.refuse_idle(parser, args, f"with --task {args.task}", " ".join(idle))
+    return args
 
 
 def read_items(args, tokenizer, chat):
@@ -427,18 +450,20 @@ def main():
     score, named = (tasks.rouge_l(), "rouge_l") if args.rouge else (tasks.f1, "f1")
     lengths = [len(item.prompt) for item in items]
     print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to "
-          f"{max(lengths)} tokens; predictors {file}; template {chat.name} ({chat.why}); stages "
+          f"{max(lengths)} tokens; {options.in_words(file, metadata, chat)}; stages "
           f"after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}", flush=True)
     # before the work, not in the midst of it
     model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
                               for item in items))
     setup = Setup(model, schedule, predictors, args.h2o, new, tokenizer, score)
-    weights = digest(model, predictors or "")
+    weights = digest(model, asdict(model.config), predictors or "")
     run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights]
     store = args.rows_file or Path("out", "quality", f"{digest(run)}.jsonl")
     done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
     rows = table(done, arms, args.task, named)
     show(rows)
+    if len(items) < 10:
+        print(f"\n{len(items)} rows{options.few(len(items))}")
     told = {"task": args.task, "data": Path(args.data).name, "schedule": asdict(schedule),
             "prompt_tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
             "rows": rows}

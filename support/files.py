@@ -44,14 +44,27 @@ def read_object(path):
 
 @contextlib.contextmanager
 def open_tensors(path, device="cpu"):
-    """An open safetensors file; damage that shows while it is read is the file's."""
+    """An open safetensors file; damage that shows while it is read is the file's.
+
+    A safetensors file begins with eight bytes, the length of its header, and the header's brace.
+    What stands under the name instead is told by its first bytes.
+    """
     from safetensors import SafetensorError, safe_open
     need(Path(path).is_file(), f"{path}: no such file")
+    others = {b"vers": "a Git-LFS pointer: `git lfs pull` gets the file that it stands for",
+              b"GGUF": "a GGUF file: python checkpoints/convert.py makes a checkpoint of it",
+              b"PK\3\4": "pickled weights (torch.save), which may run any code: get safetensors"}
     try:
+        with Path(path).open("rb") as file:
+            start = file.read(32)
+        other = others.get(start[:4], f"a web page, half a download or the like, which begins "
+                                      f"with {start!r}: get it again")
+        need(start[8:9] == b"{", f"{path}: not a safetensors file but {other}")
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: damaged or truncated safetensors file ({e})") from None
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({e}): get it "
+                         "again") from None
 
 
 def load_metadata(path):

@@ -4,6 +4,7 @@ Each command's options are read, and what cannot work is refused, before any wei
 """
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from support.config import SHAPES
 from support.files import blame, need, writable
 from support.processes import alone, rank
 from support.rows import encode_row, examples, prompt_text, read_rows, rows_at_hand
-from support.runs import find_predictors
+from support.runs import find_predictors, weights_key
 from support.weights import DTYPES, ROOT, describe, find
 
 DEMO = ROOT / "support" / "demo.jsonl"      # a page of ours and a question about it
@@ -30,10 +31,18 @@ DEMO = ROOT / "support" / "demo.jsonl"      # a page of ours and a question abou
 # ------------------------------------------------------------------------------------- the parts
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the name that was perhaps meant."""
+
+    def error(self, message):
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(word, self._option_string_actions, 1)
+        raise ValueError(message + (f"; do you mean {near[0]}?" if near else "; see --help"))
+
+
 def command_parser(doc):
-    """A parser whose --help begins with a module's docstring, as it is laid out there."""
-    parser = argparse.ArgumentParser(description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A Parser whose --help begins with a module's docstring, as it is laid out there."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
     parser.add_argument("--json", action="store_true", help="print all that was measured as one "
                         "JSON object and nothing else; the text goes to stderr")
@@ -48,6 +57,13 @@ def at_least(minimum):
                 f"expected a whole number, at least {minimum}, not {text!r}")
         return int(text)
     return whole
+
+
+def refuse_idle(parser, args, where, names):
+    """Refuse options, a text of their names, that were given but do nothing where the run is."""
+    for name in names.split():
+        need(getattr(args, name) == parser.get_default(name),
+             f"--{name.replace('_', '-')} does nothing {where}: leave it out")
 
 
 def picture_file(text):
@@ -140,7 +156,13 @@ def saliency_options(doc, reductions):
                         help="Figure 1: the answer whose log-likelihood is traced back")
     parser.add_argument("--png", type=picture_file,
                         help="write the figure here (needs matplotlib)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    idle = {1: "limit", 2: "row prompt response"}[args.figure]
+    refuse_idle(parser, args, f"with --figure {args.figure}", idle)
+    if args.prompt is not None:
+        refuse_idle(parser, args, "with --prompt",
+                    "data row context question min_prompt max_prompt")
+    return args
 
 
 def prune_options(doc):
@@ -205,7 +227,7 @@ def train_options(doc, defaults):
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
     parser.add_argument("--report-every", type=at_least(1), default=50,
                         help="steps between held-out reports")
-    parser.add_argument("--report-rows", type=at_least(0), default=8,
+    parser.add_argument("--report-rows", type=at_least(0), default=16,
                         help="held-out rows in a report (0: none)")
     parser.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen "
                         "blocks over the devices (FSDP2), for a backbone too large for one")
@@ -213,6 +235,12 @@ def train_options(doc, defaults):
     add_schedule_options(parser)
     args = parser.parse_args()
     check_training(args, int(os.environ.get("WORLD_SIZE", 1)))
+    if args.mask != "gumbel":
+        refuse_idle(parser, args, "without --mask gumbel", "tau")
+    if args.states == "marked" and not args.cls and not args.distill:
+        refuse_idle(parser, args, "without a pruning pass", "mask tau")
+    if not args.report_rows:
+        refuse_idle(parser, args, "without rows to report", "report_every")
     return args
 
 
@@ -267,8 +295,11 @@ def infer_options(doc):
     args = parser.parse_args()
     need(args.bench or not args.ckpt.startswith("random:"),
          "random weights have nothing to say: use --bench")
-    need(not (args.bench and (args.temperature or args.html)),
-         "--bench reads random tokens greedily: leave out --temperature and --html")
+    if args.bench:
+        refuse_idle(parser, args, "with --bench, which reads random tokens greedily",
+                    "prompt prompt_file data row template system temperature seed html")
+    elif args.prompt or args.prompt_file:
+        refuse_idle(parser, args, "with a prompt", "row")
     check_tp(args)
     check_predictors(args)
     return args
@@ -283,8 +314,8 @@ def check_tp(args):
 def check_predictors(args):
     """Refuse a checkpoint that nothing was trained for."""
     need(args.ckpt.startswith("random:") or find_predictors(args)[0],
-         f"{args.ckpt} has no predictors yet: `python train.py --ckpt {args.ckpt}` trains them (or "
-         "name a file with --predictors)")
+         f"{args.ckpt} has no predictors yet: `{beside('train.py', '--ckpt', args.ckpt)}` trains "
+         "them (or name a file with --predictors)")
 
 
 # ------------------------------------------------------------------------------ prompts and rows
@@ -316,12 +347,19 @@ def read_prompt(args, tokenizer):
         rows = read_rows(path, "all" if path == DEMO else "heldout")
         need(args.row < len(rows), f"--row {args.row}: {path} has {len(rows)} held-out rows")
         row = rows[args.row]
-    text = prompt_text(row)
-    need(text.strip(), "the prompt is empty")
-    print(f"model {find(args.ckpt)}; predictors {file}; template {chat.name} ({chat.why})",
-          flush=True)
-    ids = tokenizer.encode(render(chat, text), chat.bos)
-    return Prompt(ids, row.get("response"), tokenizer)
+    need(row["instruction"].strip(), "the prompt is empty")
+    print(f"model {find(args.ckpt)}; {in_words(file, metadata, chat)}", flush=True)
+    if "response" not in row:
+        ids = tokenizer.encode(render(chat, row["instruction"]), chat.bos)
+        return Prompt(ids, None, tokenizer)
+    example = encode_row(tokenizer, row, chat)
+    return Prompt(example.tokens[:example.prompt_len].tolist(), row["response"], tokenizer)
+
+
+def in_words(file, metadata, chat):
+    """Which predictors and which template are used, and who says so."""
+    why = f" ({metadata['why']})" if metadata.get("why") else ""
+    return f"predictors {file}{why}; template {chat.name} ({chat.why})"
 
 
 def read_text(path):
@@ -355,7 +393,15 @@ def training_rows(args, tokenizer):
     rows = rows_from(args, tokenizer, chat, "train")
     some = args.report_rows
     heldout = rows_from(args, tokenizer, chat, "heldout", some) if some else []
-    return rows, heldout, {**chat_notes(chat), "command": command_line()}
+    if some:
+        print(f"held-out reports read {len(heldout)} rows{few(len(heldout))}", flush=True)
+    return rows, heldout, {**chat_notes(chat), "weights": weights_key(args.ckpt),
+                           "command": command_line()}
+
+
+def few(n_rows):
+    """What is to be said of a number that comes from so few rows."""
+    return ": fewer than ten tell little" * (n_rows < 10)
 
 
 def rows_for_figure(args, tokenizer):
@@ -413,6 +459,11 @@ def leave(code, text=""):
         sys.exit(code)
     sys.__stdout__.flush()          # the others may wait for this one: torchrun sees that it left
     os._exit(code)
+
+
+def beside(script, *words):
+    """Another of our commands, as a reader would type it who typed the one that runs."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *words])
 
 
 def command_line():

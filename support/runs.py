@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from support.files import blame, load_metadata, load_tensors, need, save_tensors, writable
+from support.files import (blame, load_metadata, load_tensors, need, open_tensors, save_tensors,
+                           writable)
 from support.processes import alone, anyone, first_number, rank
 from support.rows import digest
-from support.weights import find
+from support.weights import find, shards
 
 PREDICTORS = "predictors.safetensors"
 
@@ -137,6 +138,20 @@ def fingerprint(config):
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def weights_key(ckpt):
+    """A short hash of all tensors of a checkpoint, in whatever files they lie.
+
+    It reads them all, which takes about as long as loading them from the disk.
+    """
+    found = {}
+    for path in shards(find(ckpt))[0]:
+        with open_tensors(path) as file:
+            for name in file.keys():
+                data = file.get_tensor(name).flatten().view(torch.uint8).numpy()
+                found[name] = hashlib.sha256(data).hexdigest()
+    return digest(sorted(found.items()))
+
+
 def save_predictors(path, predictors, config, schedule, **notes):
     """Write the S modules trained for a model with `config`; notes are kept as metadata."""
     metadata = {"schedule": json.dumps(asdict(schedule)), "fingerprint": fingerprint(config)}
@@ -149,8 +164,7 @@ def read_predictors(path, config):
 
     Raises ValueError for a damaged file, or predictors that were made for another model.
     """
-    path = Path(path)
-    path = path / PREDICTORS if path.is_dir() else path
+    path = predictors_in(path)
     stored, metadata = load_tensors(path)
     made, ours = metadata.get("fingerprint"), fingerprint(config)
     need(made, f"{path}: not a predictors file (no fingerprint in its metadata)")
@@ -169,20 +183,49 @@ def read_schedule(path, metadata):
         return {name: kind(fields[name]) for name, kind in kinds.items()}
 
 
+def predictors_in(place):
+    """The predictors file in a folder: the one of the usual name, else the only one; or the file.
+
+    Raises ValueError where there are several, none of the usual name.
+    """
+    place = Path(place)
+    usual = place / PREDICTORS
+    if not place.is_dir():
+        return place
+    if usual.is_file():
+        return usual
+    found = [file for file in sorted(place.glob("*.safetensors"))
+             if "fingerprint" in load_metadata(file)]
+    need(len(found) < 2, f"{place} holds several predictors, name one of them with --predictors: "
+                         f"{', '.join(file.name for file in found)}")
+    return next(iter(found), usual)
+
+
 def find_predictors(args):
     """The predictors that a command uses -> their file and metadata, or None and {}.
 
-    The file or folder of --predictors, else those trained here, else the checkpoint's own.
+    The file or folder of --predictors, else those trained here, else the checkpoint's own;
+    metadata["why"] says which of them, where there is a choice.
     """
     if args.ckpt.startswith("random:"):
         return None, {}
-    places = [args.predictors] if args.predictors else [trained_here(args.ckpt), find(args.ckpt)]
-    for place in map(Path, places):
-        file = place / PREDICTORS if place.is_dir() else place
+    here, own = (predictors_in(place) for place in (trained_here(args.ckpt), find(args.ckpt)))
+    reasons = {here: f"trained here; not those of {own.parent}" * own.is_file(), own: ""}
+    if args.predictors:
+        reasons = {predictors_in(args.predictors): "asked for"}
+    for file, why in reasons.items():
         if file.is_file() or args.predictors:
             metadata = load_metadata(file)
-            return file, {**metadata, "schedule": read_schedule(file, metadata)}
+            return file, {**metadata, "schedule": read_schedule(file, metadata), "why": why}
     return None, {}
+
+
+def tell_other_weights(file, metadata, ckpt):
+    """Print a line where predictors were trained for other weights of the same shape."""
+    made = metadata.get("weights")
+    if made and made != weights_key(ckpt):
+        print(f"{file} were trained for other weights than {find(ckpt)} holds: expect worse "
+              "choices, or train them anew", flush=True)
 
 
 def trained_here(ckpt):
@@ -229,7 +272,8 @@ class Run:
         self.save_every, self.stop, self.notes = save_every, stop, notes or {}
         # what two runs must share so that one can go on with the other's state
         self.settings = {"recipe": asdict(recipe), "schedule": asdict(schedule),
-                         "model": [fingerprint(model.config), str(model.dtype)],
+                         "model": [fingerprint(model.config), str(model.dtype),
+                                   self.notes.get("weights")],
                          "rows": digest(rows)}
         self.done, self.log = 0, []
         if resume and self.state.is_file():

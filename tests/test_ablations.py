@@ -169,7 +169,7 @@ def test_figures_place_one_stage_after_every_block(study, monkeypatch):
 
 
 def test_the_command_goes_on_where_it_was(tmp_path):
-    words = ("-m", "lab.ablations", "--table", "seeds", "--seeds", 0, 1, "--rows", 4, "--limit", 1,
+    words = ("-m", "lab.ablations", "--table", "seeds", "--seeds", 0, 1, "--rows", 4, "--limit", 2,
              "--epochs", 1, "--stages", 2, "--work", tmp_path, "--json", "--quiet")
     code, out, err = command(*words)
     assert code == 0, err
@@ -181,7 +181,7 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     assert (found["table"], found["training_rows"], found["schedule"]["stages"]) == ("seeds", 4, 2)
     code, out, err = command(*words)
     assert code == 0 and json.loads(out) == found
-    assert "4 results are in" in err and err.count("1 steps are done") == 2
+    assert "8 results are in" in err and err.count("1 steps are done") == 2
 
 
 @pytest.mark.parametrize("words, message", [

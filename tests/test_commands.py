@@ -65,7 +65,7 @@ def test_from_a_checkpoint_to_a_pruned_answer_in_three_commands(tmp_path):
     folder = clone(tmp_path)
     code, _, err = typed("python infer.py --ckpt ./llama-7b", folder)
     assert code == 1 and len(err.splitlines()) == 1
-    assert "`python train.py --ckpt ./llama-7b` trains them" in err
+    assert f"`python {ROOT}/train.py --ckpt ./llama-7b` trains them" in err
 
     code, out, err = typed("python train.py --ckpt ./llama-7b --steps 2 --report-rows 2", folder)
     assert code == 0, err
@@ -91,7 +91,8 @@ INFER, TRAIN = "python infer.py", "python train.py"
 WRONG = {       # what is wrong: the command, what its line says (a part of it)
     "a Hub id that is not on this disk": (f"{INFER} --ckpt meta-llama/Llama-2-7b-hf",
                                           "`hf download OWNER/NAME"),
-    "pickled weights alone": (f"{INFER} --ckpt pickled --predictors toy.safetensors",
+    "pickled weights alone": (f"{INFER} --ckpt pickled --predictors toy.safetensors "
+                              "--template plain",
                               "holds pytorch_model.bin and no safetensors"),
     "a GGUF file": (f"{INFER} --ckpt tiny.gguf", "`python checkpoints/convert.py tiny.gguf --out "
                                                  "checkpoints/tiny` converts it"),
@@ -112,7 +113,8 @@ WRONG = {       # what is wrong: the command, what its line says (a part of it)
                                        "broken.jsonl, line 2: not valid JSON"),
     "no loss": (f"{TRAIN} --cls 0 --mse 0 --rank 0", "one at least is positive"),
     "no predictors yet": (f"{INFER} --ckpt llama", "`python train.py --ckpt llama` trains them"),
-    "predictors of another model": (f"{INFER} --ckpt llama --predictors {TOY} --prompt hi",
+    "predictors of another model": (f"{INFER} --ckpt llama --predictors {TOY} --prompt hi "
+                                    "--template plain",
                                     "made for another model"),
     "predictors that are not there": (f"{INFER} --predictors none", "none: no such file"),
     "stages elsewhere": (f"{INFER} --first 3", "predictors stand after blocks"),
@@ -155,7 +157,8 @@ def wrong(tmp_path_factory):
     (folder / "empty.txt").write_text("\n")
     (folder / "long.txt").write_text("the " * 3000)
     row = '{"instruction": "a", "response": "b"}\n'
-    (folder / "rows.jsonl").write_text(20 * row)
+    rows = [row.replace("a", f"question {i}") for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(rows))
     (folder / "broken.jsonl").write_text(row + '{"instr')
     return folder
 

@@ -198,6 +198,12 @@ def test_infer_command(tmp_path):
     assert page.is_file()
 
 
+def test_both_arms_draw_the_same_numbers(run):
+    told = run(*COMMITTED, "--keep", 1, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9)
+    other = run(*COMMITTED, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9, "--seed", 1)
+    assert told["full"]["text"] == told["sdtp"]["text"] != other["full"]["text"]
+
+
 def test_fewer_stages_prune_as_the_first_of_all_do(run):
     words = *COMMITTED, "--repeats", 1, "--max-new-tokens", 2
     plain, fewer = run(*words), run(*words, "--stages", 5)
@@ -223,9 +229,13 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--first", 3), "predictors stand after blocks"),
     (("--keep", 0), "keep lies in"),
     (("--prompt-file", "tests"), "tests: no such prompt file"),
-    (("--prompt", "a", "--row", 1, "--data", "b"), "leave all but one out"),
+    (("--prompt", "a", "--data", "b"), "leave all but one out"),
     (("--temperature", "nan"), "expected 0 or more"),
-    (("--bench", 64, "--temperature", 1), "--bench reads random tokens greedily"),
+    *((("--bench", 64, name, value), f"{name} does nothing with --bench, which reads random") for
+      name, value in (("--temperature", 1), ("--html", "x"), ("--prompt", "x"), ("--row", 1))),
+    (("--prompt", "a", "--row", 1), "--row does nothing with a prompt: leave it out"),
+    (("--prompt_file", "x"), "arguments: --prompt_file x; do you mean --prompt-file?"),
+    (("--max-new-tokens", -3), "expected a whole number, at least 1, not '-3'"),
     (("--tp",), "--tp and torchrun"),
 ]
 

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import infer
 import train
 from conftest import SCHEDULE, fresh_predictors, tiny_model
+from lab.quality import read_answers
+from lab.tasks import Answer
 from model import Rope, causal_attention, masked_attention
 from predictor import gumbel_mask, mse_loss, ranking_loss
-from prune import predictor_scorer, prefill
+from prune import nll, predictor_scorer, prefill
 from saliency import REDUCE, run_block
 from support.rows import Example
 from support.weights import Linear
@@ -61,7 +63,23 @@ def test_marking_training_and_pruning_are_finite_beside_massive_activations(dtyp
 def test_logits_that_overflow_are_said_and_not_sampled(tokens):
     model = massive(torch.float16, top=torch.inf)
     with pytest.raises(ValueError, match="not finite in torch.float16"):
-        infer.generate(model, tokens, 4, SCHEDULE, predictor_scorer(fresh_predictors()))
+        infer.generate(model, tokens, 4)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_state_that_is_not_finite_is_refused_by_the_name_of_its_stage(near, tiny, tokens):
+    """A ranking of scores without a number would keep the first tokens, and say nothing."""
+    def infinite(x):
+        x[:, 20] = torch.inf
+        return x
+
+    scorer = predictor_scorer(fresh_predictors(near=near))
+    at_stage_2 = SCHEDULE, lambda s, x, pos: scorer(s, infinite(x) if s == 2 else x, pos)
+    for read in (lambda *arm: infer.generate(tiny, tokens, 4, *arm),
+                 lambda *arm: nll(tiny, tokens, 48, *arm),
+                 lambda *arm: read_answers(tiny, tokens, [Answer([3, 4], 0)], *arm)):
+        with pytest.raises(ValueError, match="stage 2, after block 2: a score is not finite"):
+            read(*at_stage_2)
 
 
 def test_losses_of_extreme_scores_and_saliencies():

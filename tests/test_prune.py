@@ -203,7 +203,11 @@ def test_exact_flops_equal_a_count_of_every_matrix_product():
             total += 4 * keys * 12 * 2 * 2  # 4 heads of 12, q k^T and the sum of v
     assert flops(c, counts) == flops(c, counts, schedule=UNPRUNED) == total
     modules = sum(2 * n * (48 * 32 + 32 * 2) for n in (10, 7))
-    assert flops(c, counts, schedule=Schedule(2, 2, 2, 0.7)) == total + modules
+    schedule = Schedule(2, 2, 2, 0.7)
+    assert flops(c, counts, schedule=schedule) == total + modules
+    assert flops(c, counts, "exact", schedule, fresh_predictors()) == total + modules
+    near = sum(2 * n * (48 * 16 + 48 * 16 + 16 * 2) for n in (10, 7))
+    assert flops(c, counts, "exact", schedule, fresh_predictors(near=True)) == total + near
     with pytest.raises(ValueError, match="accounting is 'rough'"):
         flops(c, counts, "rough")
 

@@ -1,13 +1,15 @@
 """lab/quality.py: arms, answers after a pruned prompt, what the table adds up, runs that go on."""
 import json
 import math
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import SCHEDULE, command, predictors_for, tiny_model
+from conftest import ROOT, SCHEDULE, TOY, command, predictors_for, tiny_model
 from infer import generate
 from lab import quality
 from lab.caches import H2OCache, h2o
@@ -18,6 +20,7 @@ from model import KVCache
 from prune import UNPRUNED, nll
 from saliency import saliency
 from support import options
+from support.files import load_tensors, save_tensors
 from support.runs import Measured
 
 MODEL = tiny_model()
@@ -243,6 +246,27 @@ def test_the_command_goes_on_with_a_larger_limit(tmp_path):
     assert code == 1 and "belongs to another command" in err
 
 
+@pytest.mark.beside
+def test_each_checkpoint_has_its_own_numbers(tmp_path):
+    """Two that differ in the last block alone, one after the other, and none from one row."""
+    shutil.copytree(TOY, tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    state, _ = load_tensors(file)
+    state["model.layers.11.self_attn.o_proj.weight"] *= 0.5
+    save_tensors(file, state, {})
+    found = []
+    for ckpt in (TOY, tmp_path / "b"):
+        code, out, err = command("-m", "lab.quality", "--ckpt", ckpt, "--predictors", TOY,
+                                 "--limit", 1, "--scorers", "full", "--json", cwd=tmp_path,
+                                 env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert code == 0 and "already" not in err, err
+        assert "1 rows: fewer than ten tell little" in err and "+-" not in err.split("full")[-1]
+        found += json.loads(out)["rows"]
+    assert found[0]["value"] != found[1]["value"]
+    assert found[0]["stderr"] is found[1]["stderr"] is None
+    assert "were trained for other weights" in err
+
+
 @pytest.mark.parametrize("task, metrics", [
     ("long", ["nll", "f1", "prefill_speedup", "e2e_speedup"]), ("lambada", ["nll", "acc"]),
     ("text", ["nll"]), ("needle", ["nll", "acc"])])
@@ -253,9 +277,10 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     data.write_text(f"{json.dumps(row)}\n" * 2)
     monkeypatch.setattr(options, "print_json", lambda args, model, told: result.update(told))
     arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot"]
-    words = f"quality.py --task {task} --data {data} --max-prompt 100 --max-response 9 --depths 0"
-    words += f" 100 --lengths 150 --max-new-tokens 3 --rows-file {tmp_path / 'rows'} --scorers"
-    monkeypatch.setattr(sys, "argv", [*words.split(), *arms])
+    shape = {"long": "--max-prompt 100 --max-response 9 --max-new-tokens 3", "lambada": "",
+             "text": "--max-prompt 100 --max-response 9", "needle": "--depths 0 100 --lengths 150"}
+    words = f"quality.py --task {task} --data {data} {shape[task]} --rows-file {tmp_path / 'rows'}"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--scorers", *arms])
     quality.main()
     found = [(row["metric"], row["scorer"]) for row in result["rows"]]
     assert found == [(metric, arm) for metric in metrics for arm in arms]
@@ -268,6 +293,8 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--data", "none.jsonl"), "no such data file"),
+    (("--lengths", 100), "--lengths does nothing with --task nll: leave it out"),
+    (("--task", "lambada", "--min-prompt", 5), "--min-prompt does nothing with --task lambada"),
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),
 ])

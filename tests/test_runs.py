@@ -4,6 +4,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import forked
 from conftest import ROOT, SCHEDULE, TOY, command, fresh_predictors, predictors_for, random_rows
+from golden import write_shards
 from prune import load_predictors
 from support import runs
 from support.files import load_tensors, save_tensors
@@ -114,11 +116,12 @@ def test_what_is_saved_is_read_back(tiny, tmp_path):
 
 @pytest.mark.parametrize("change, what", [
     ({"recipe": Recipe(cls=0, mse=0, states="marked", steps=4, accum=1)}, "recipe"),
-    ({"rows": random_rows(2)}, "rows")])
+    ({"rows": random_rows(2)}, "rows"), ({"notes": {"weights": "others"}}, "model")])
 def test_a_run_goes_on_with_its_own_state_alone(trained, tiny, change, what):
-    given = {"rows": random_rows(3), "recipe": RANKING, **change}
+    given = {"rows": random_rows(3), "recipe": RANKING, "notes": None, **change}
     with pytest.raises(ValueError, match=f"it belongs to a run with another {what}"):
-        fit(tiny, given["rows"], SCHEDULE, given["recipe"], trained, resume=True, quiet=True)
+        fit(tiny, given["rows"], SCHEDULE, given["recipe"], trained, resume=True, quiet=True,
+            notes=given["notes"])
 
 
 @pytest.mark.parametrize("metadata", [{"log": "[]"}, {"step": "x"}, {"settings": "{"}], ids=str)
@@ -156,6 +159,51 @@ def test_predictors_are_found_where_they_lie(tmp_path, monkeypatch):
     args.predictors = "none.safetensors"
     with pytest.raises(ValueError, match="none.safetensors"):
         runs.find_predictors(args)
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the toy in a/hf, without predictors -> its folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOY, "a/hf", ignore=shutil.ignore_patterns("predictors*"))
+    return tmp_path / "a" / "hf"
+
+
+def test_predictors_of_any_name_are_found_in_a_checkpoint(copied):
+    args = SimpleNamespace(ckpt="a/hf", predictors=None)
+    assert runs.find_predictors(args) == (None, {})
+    shutil.copy(TOY / "predictors.safetensors", copied / "passages.safetensors")
+    file, metadata = runs.find_predictors(args)
+    assert file.name == "passages.safetensors" and metadata["why"] == ""
+    shutil.copy(file, copied / "other.safetensors")
+    with pytest.raises(ValueError, match="several .* --predictors: other.saf.*, passages.saf"):
+        runs.find_predictors(args)
+    shutil.copytree(TOY, "out/hf", ignore=shutil.ignore_patterns("[!p]*"))
+    shutil.copy(file, copied / "predictors.safetensors")
+    file, metadata = runs.find_predictors(args)
+    assert str(file) == "out/hf/predictors.safetensors"
+    assert metadata["why"] == "trained here; not those of a/hf"
+    args.predictors = "a/hf/other.safetensors"
+    file, metadata = runs.find_predictors(args)
+    assert (str(file), metadata["why"]) == (args.predictors, "asked for")
+
+
+def test_predictors_say_when_the_weights_are_others(copied, capsys):
+    """In a folder of the same name, or replaced in place: a single number of the last block."""
+    def told():
+        runs.tell_other_weights("p", {"weights": key}, "a/hf")
+        return capsys.readouterr().out
+
+    key = runs.weights_key(TOY)
+    assert key == runs.load_metadata(TOY / "predictors.safetensors")["weights"]
+    assert not told()
+    state, _ = load_tensors(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    write_shards(copied, state)
+    assert not told(), "the same tensors in two files"
+    state["model.layers.11.mlp.down_proj.weight"][5, 5] += 1
+    write_shards(copied, state)
+    assert told().startswith("p were trained for other weights than a/hf holds")
 
 
 def test_marks_are_remembered_by_row_and_by_what_they_depend_on(tiny):
