@@ -1,14 +1,15 @@
 """Generation with and without SDTP side by side, and Table 2's times (Sections 3.4 and 4.3).
 
-Both arms run the same code: prune.prefill with a schedule or without, then prune.extend one token
-at a time on the caches, ragged or not. Prefill is bound by arithmetic and gains from fewer tokens;
-decode is bound by bytes moved (weights and caches) and gains from shorter caches alone.
+Both arms run the same code: prune.prefill with a schedule or without, then prune.extend on the
+caches, ragged or not. Prefill is bound by arithmetic and gains from fewer tokens; decode is bound
+by bytes moved (weights and caches) and gains from shorter caches alone. A prompt that was read once
+answers any number of questions: after each answer its caches are set back.
 
-    python infer.py                                             # the toy answers a long prompt
-    python infer.py --ckpt smollm2 --prompt-file report.txt --html survivors.html
+    python infer.py                                             # the toy reads once, answers six
+    python infer.py --ckpt smollm2 --prompt-file report.txt --ask "Who wrote it?" --html page.html
     python infer.py --ckpt random:mistral-7b --bench 4096 8192  # Table 2's rows; needs no weights
 
-Shapes: N prompt tokens, V vocabulary.
+Shapes: N prompt tokens, n of a question, V vocabulary.
 """
 import statistics
 from dataclasses import asdict
@@ -26,14 +27,22 @@ from support.files import need
 from support.weights import compile_blocks
 
 
-class Generation(NamedTuple):
+class Said(NamedTuple):
+    """An answer."""
     tokens: list                    # the new token ids, an eos included
     ended: bool                     # whether an eos came
+    first_s: float                  # until the first new token is known
+    decode_s: float                 # per further token, the median
+
+
+class Generation(NamedTuple):
+    tokens: list                    # as of Said
+    ended: bool
     trace: list                     # prune.Stage of every stage
     counts: list                    # prompt tokens that entered each block
     caches: list                    # as the last token left them
     prefill_s: float                # until the first new token is known
-    decode_s: float                 # per further token, the median
+    decode_s: float
 
 
 def greedy(logits):
@@ -64,42 +73,63 @@ def decode(model, logits, caches, N, pick=greedy):
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cache=KVCache,
-             pick=greedy, eos=None, stop=None):
+def ask(model, question, start, caches, max_new_tokens, logits=None, pick=greedy, eos=None,
+        stop=None):
+    """Answer a question (1, n), which stands from position `start` on, on a prompt's caches -> Said.
+
+    The caches need room for question and answer. They are set back: the next question finds them as
+    this one did. Without a question (n = 0) the answer follows from the prompt's logits (1, V), and
+    the caches stay as the last token left them. pick: greedy, or sampler(temperature). eos: the token ids that end the text (default: the
+    model's). stop(tokens): whether it ends for other reasons.
+    """
+    eos = model.config.eos if eos is None else eos
+    new, times = [], [runs.clock(model.device)]
+    if question.shape[1]:
+        held = [cache.n for cache in caches]
+        logits = extend(model, question, start, caches)[:, -1]
+    tokens = decode(model, logits, caches, start + question.shape[1], pick)
+    for token in islice(tokens, max_new_tokens):
+        times.append(runs.clock(model.device))
+        new.append(token)
+        if token in eos or stop and stop(new):
+            break
+    if question.shape[1]:
+        for cache, n in zip(caches, held):
+            cache.n = n
+    first_s, *further = [after - before for before, after in pairwise(times)]
+    return Said(new, new[-1] in eos, first_s, statistics.median(further or [0.0]))
+
+
+@torch.no_grad()
+def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cache=KVCache, **how):
     """Prefill, pruned where schedule and scorer say so, then decode: tokens (1, N) -> Generation.
 
-    cache: the kind of cache. pick: greedy, or sampler(temperature). eos: the token ids that end
-    the text (default: the model's). stop(tokens): whether it ends for other reasons. Raises
-    ValueError for too few positions, before the work, and for logits that are not finite.
+    cache: the kind of cache; how: pick, eos and stop of `ask`. Raises ValueError for too few
+    positions, before the work, and for what is not finite.
     """
     N = tokens.shape[1]
     need(max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}, expected at least 1")
     end = N + max_new_tokens - 1                                    # the last token is not read
     model.check_positions(end)
-    eos = model.config.eos if eos is None else eos
-    new, times = [], [runs.clock(model.device)]
+    begin = runs.clock(model.device)
     logits, caches, trace = prefill(model, tokens, schedule, scorer, end - N, cache)
     check(trace)
-    for token in islice(decode(model, logits, caches, N, pick), max_new_tokens):
-        times.append(runs.clock(model.device))
-        new.append(token)
-        if token in eos or stop and stop(new):
-            break
-    prefill_s, *further = [after - before for before, after in pairwise(times)]
-    return Generation(new, new[-1] in eos, trace, schedule.counts(N, len(caches)), caches,
-                      prefill_s, statistics.median(further or [0.0]))
+    prefill_s = runs.clock(model.device) - begin
+    said = ask(model, tokens[:, :0], N, caches, max_new_tokens, logits, **how)
+    return Generation(said.tokens, said.ended, trace, schedule.counts(N, len(caches)), caches,
+                      prefill_s + said.first_s, said.decode_s)
 
 
-def compare(model, tokens, arms, new, repeats, progress, predictors=None, **given):
+def compare(model, tokens, arms, new, repeats, progress, predictors=None, times=None, **how):
     """Arms {name: (schedule, scorer)} on a prompt (1, N), in turn -> a row of Table 2, a dict.
 
-    Every arm makes `new` tokens, past an eos too. predictors: those that the arms use. given:
-    options of `generate`.
+    Every arm makes `new` tokens, past an eos too. predictors: those that the arms use. times: those
+    of runs.take_turns, where they are known already.
     """
     N, costs = tokens.shape[1], {}
-    calls = {name: partial(generate, model, tokens, new, *arm, eos=(), **given)
+    calls = {name: partial(generate, model, tokens, new, *arm, eos=(), **how)
              for name, arm in arms.items()}
-    times = runs.take_turns(calls, repeats, progress)
+    times = times or runs.take_turns(calls, repeats, progress)
     for name, (schedule, _) in arms.items():
         counts = schedule.counts(N, len(model.blocks))
         costs[name] = {"flops": flops(model.config, counts, "exact", schedule, predictors),
@@ -115,19 +145,35 @@ def bench(model, arms, sizes, new, repeats, progress, predictors=None):
         yield compare(model, tokens, arms, new, repeats, progress, predictors)
 
 
+@torch.no_grad()
 def answer(args, prompt, model, arms, new, progress, predictors):
-    """Both arms answer a support.options.Prompt, then they take turns and are timed -> a dict."""
-    N = len(prompt.ids)
+    """Each arm reads a support.options.Prompt once and answers its questions, then they are timed.
+
+    -> a dict.
+    """
     tokens = torch.tensor([prompt.ids], device=model.device)
-    pick = processes.agreed(sampler(args.temperature))
-    said = {}
+    N, longest = len(prompt.ids), max(len(question.ids) for question in prompt.questions)
+    model.check_positions(N + longest + new - 1)
+    pick, read, times = processes.agreed(sampler(args.temperature)), {}, {}
     for name, arm in arms.items():
-        torch.manual_seed(args.seed)                # both arms draw the same numbers
-        said[name] = generate(model, tokens, new, *arm, pick=pick)
-    longest = max(len(run.tokens) for run in said.values())
-    row = compare(model, tokens, arms, longest, args.repeats, progress, predictors, pick=pick)
+        begin, answers = runs.clock(model.device), []
+        logits, caches, trace = prefill(model, tokens, *arm, room=longest + new)
+        check(trace)
+        prefill_s = runs.clock(model.device) - begin
+        for question in prompt.questions:
+            torch.manual_seed(args.seed)                            # all arms draw the same numbers
+            writer = show.Writer(name, question, prompt.tokenizer)
+            ids = tokens.new_tensor([question.ids])
+            said = ask(model, ids, N, caches, new, logits, pick, stop=writer)
+            answers.append(writer.end(said))
+        times[name] = [(prefill_s, said.decode_s)]
+        read[name] = {"answers": answers, "counts": arm[0].counts(N, len(caches)),
+                      "total_s": runs.clock(model.device) - begin}
+    if args.repeats or times["full"][0][0] < 2:
+        times = None                # else the very passes that answered count
+    row = compare(model, tokens, arms, 8, args.repeats or 5, progress, predictors, times, pick=pick)
     fixed = protected(torch.arange(N), N, arms["sdtp"][0]).tolist()
-    return show.arms(prompt, said, row, fixed, args.html)
+    return show.arms(prompt, read, trace, row, fixed, args.html)
 
 
 def main():
@@ -138,13 +184,16 @@ def main():
     model, schedule, predictors = load_pruning(args, split)
     if args.compile:
         compile_blocks(model.blocks)
+    sizes = args.bench or [len(prompt.ids)]
+    if args.left:
+        schedule = schedule.leaving(args.left, sizes[0], len(model.blocks))
     scorer = processes.agreed(predictor_scorer(predictors))         # with --tp: the first decides
     arms = {"full": (UNPRUNED, None), "sdtp": (schedule, scorer)}
-    longest = max(args.bench or [len(prompt.ids)])
+    longest = max(sizes if args.bench else [len(prompt.ids) + len(q.ids) for q in prompt.questions])
     new = options.fitting(args, model.config.max_positions, longest)
     progress = runs.Progress(quiet=args.quiet)
     if args.bench:
-        rows = bench(model, arms, args.bench, new, args.repeats, progress, predictors)
+        rows = bench(model, arms, args.bench, new, args.repeats or 5, progress, predictors)
         result = {"bench": show.bench(model, rows, new)}
     else:
         result = answer(args, prompt, model, arms, new, progress, predictors)

@@ -55,6 +55,11 @@ class Schedule:
         fixed = min(N, self.sink + local_tokens(N, self.local))
         return max(fixed, round(self.share(s) * N))
 
+    def leaving(self, left, N, blocks):
+        """The same stages, which leave this share of N tokens, or so many, at the end."""
+        share = min(1, left / N if left > 1 else left)
+        return replace(self, keep=share ** (1 / max(1, len(self.after(blocks)))))
+
     def counts(self, N, blocks):
         """How many of a prompt's N tokens enter each of `blocks` blocks."""
         counts = [N] * blocks

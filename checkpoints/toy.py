@@ -97,9 +97,9 @@ def make_tokenizer(seed):
     return SentencePieceProcessor(model_file=str(path))
 
 
-# A prompt ends in "Answer:", and the answer goes on in that line.
+# A prompt ends in "Answer:", and the answer goes on in that line. There are no line breaks.
 TEMPLATE = ("{% if messages[1:] %}{{ raise_exception('it has no place for a system text') }}"
-            "{% endif %}<s> {{ messages[0].content }}")
+            "{% endif %}<s> {{ messages[0].content | replace('\\n\\n', ' ') }}")
 
 # ----------------------------------------------------------------------------------- pretraining
 
@@ -211,7 +211,9 @@ def pretrain(seed, quiet, cooldown=400):
 
 
 def write(model, seed):
-    """config.json, model.safetensors (fp16: half the size, the same answers), rows for train.py."""
+    """config.json, model.safetensors (fp16: half the size, the same answers), the chat template,
+    rows for train.py, and the story that infer.py reads, with a question about each fact.
+    """
     state = {hf_name(name): p.half() for name, p in model.named_parameters()}
     files.save_tensors(TOY / "model.safetensors", state, {"format": "pt"})
     (TOY / "config.json").write_text(json.dumps(config.hf_config(model.config), indent=1))
@@ -223,6 +225,11 @@ def write(model, seed):
             question, answer = ask(rng, facts)
             row = {"instruction": " ".join([*sentences, question]), "response": answer}
             print(json.dumps(row), file=file)
+    sentences, facts = story(rng, 6, 38)
+    demo = {"text": " ".join(sentences),
+            "questions": [[f"Question: what does {name} sell? Answer:", fact]
+                          for name, fact in facts.items()]}
+    (TOY / "demo.json").write_text(json.dumps(demo, indent=1))
 
 
 # ------------------------------------------------------------------------------------ evaluation

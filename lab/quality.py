@@ -127,7 +127,10 @@ def prepare(setup, arm, prompt, item, seed, known):
     """
     model, blocks, N = setup.model, len(setup.model.blocks), prompt.shape[1]
     start, name = runs.clock(model.device), arm.scorer
-    text, schedule, scorer = prompt, setup.schedule, None
+    text, scorer = prompt, None
+    schedule = setup.schedule
+    if item and item.pinned:
+        schedule = replace(schedule, sink=item.pinned)
     if name in ORACLES and name not in known:
         right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
         known[name] = saliency(model, right, N, schedule.after(blocks), name.split(":")[1])

@@ -43,15 +43,16 @@ class Item(NamedTuple):
     prompt: list                    # token ids
     answers: list                   # of Answer
     texts: tuple = ()               # reference answers, for F1 and ROUGE-L
+    pinned: int = 0                 # first tokens that must not be dropped
 
 
-def as_item(tokens, prompt_len, texts=(), start=0):
+def as_item(tokens, prompt_len, pinned=0, texts=(), start=0):
     """Token ids, of which the first prompt_len are the prompt, the others its only answer.
 
     start: the first token of the answer that counts.
     """
     ids = [int(token) for token in tokens]
-    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts))
+    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), pinned)
 
 
 # --------------------------------------------------------------------------- LAMBADA and plain text
@@ -144,7 +145,7 @@ def long_items(tokenizer, path, chat, split="heldout", min_prompt=1, max_prompt=
             lost[f"shorter than --min-prompt {min_prompt}"] += 1
             continue
         cut += row["context"] != context
-        found.append(as_item(*example, answers))
+        found.append(as_item(*example, texts=answers))
         if len(found) == limit:
             break
     need(found, f"{path}: no row with a prompt of at least {min_prompt} tokens")

@@ -19,13 +19,13 @@ import torch
 
 from support.chat import chat_notes, choose_chat, render
 from support.config import SHAPES
-from support.files import blame, need, writable
+from support.files import blame, need, read_json, writable
 from support.processes import alone, rank
 from support.rows import encode_row, examples, prompt_text, read_rows, rows_at_hand
 from support.runs import find_predictors, weights_key
 from support.weights import DTYPES, ROOT, describe, find
 
-DEMO = ROOT / "support" / "demo.jsonl"      # a page of ours and a question about it
+DEMO = ROOT / "support" / "demo.json"       # a page of ours and questions about it
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -73,12 +73,18 @@ def picture_file(text):
     return writable(text)
 
 
+def tokens_or_question(text):
+    """For argparse: a number of tokens, or the word."""
+    return text if text == "question" else int(text)
+
+
 SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
     "first": (int, "the first stage stands after this block", 4),
     "step": (int, "blocks between stages", 3),
     "stages": (int, "number of stages", 10),
     "keep": (float, "stage s keeps keep^s of the prompt", 0.9),
-    "sink": (int, "first tokens always kept", 4),
+    "sink": (tokens_or_question, "first tokens always kept; question: up to the end of a question "
+             "that stands first. It promises that the question is seen, and costs quality", 4),
     "local": (float, "share of last tokens always kept", 0.1),
 }
 
@@ -92,7 +98,7 @@ def add_schedule_options(parser):
 def schedule_options(args):
     """The fields of a Schedule that were given on the command line, a dict."""
     given = {name: getattr(args, name, None) for name in SCHEDULE_HELP}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value not in (None, "question")}
 
 
 def add_model_options(parser):
@@ -118,8 +124,8 @@ def add_data_options(parser, limit, max_response=96):
                         "toy's own rows; databricks-dolly-15k.jsonl where it lies)")
     add_chat_options(parser)
     parser.add_argument("--context", action="store_true", help="only rows that have a context")
-    parser.add_argument("--question", choices=("first", "last"), default="first",
-                        help="where the instruction stands: before or after the context")
+    parser.add_argument("--question", choices=("first", "last", "both"), default="first",
+                        help="where the instruction stands: before the context, after it, or both")
     parser.add_argument("--min-prompt", type=at_least(1), default=1,
                         help="shortest prompt, in tokens")
     parser.add_argument("--max-prompt", type=at_least(1), default=2048,
@@ -272,13 +278,20 @@ def recipe_options(args, n_rows):
 def infer_options(doc):
     parser = command_parser(doc)
     add_pruning_options(parser)
-    parser.add_argument("--prompt", help="the user's text (default: with the toy one of its rows, "
-                        "else a page of ours and a question about it)")
+    parser.add_argument("--prompt", help="the user's text (default: a page of the checkpoint, or "
+                        "of ours, with questions about it)")
     parser.add_argument("--prompt-file", help="the user's text, from a file; - reads stdin")
     parser.add_argument("--data", help="take the prompt from a row of this JSONL")
     parser.add_argument("--row", type=at_least(0), default=0,
                         help="which held-out row of --data")
+    parser.add_argument("--ask", metavar="TEXT", action="append", help="a question about the text; "
+                        "several are asked one after the other of what was read once")
+    parser.add_argument("--question", choices=("first", "last", "both"), help="where a question "
+                        "stands: before the text, so that it is pruned for this question, behind "
+                        "it, or both (default: both; of several: last)")
     add_chat_options(parser)
+    parser.add_argument("--left", type=float, metavar="SHARE", help="what the last stage leaves of "
+                        "the prompt: a share, or a number of tokens (default: by --keep)")
     parser.add_argument("--max-new-tokens", type=at_least(1),
                         help="default: 48, with --bench 128, or as many as fit")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -286,8 +299,8 @@ def infer_options(doc):
                         help="write the survivors as a self-contained page")
     parser.add_argument("--bench", type=at_least(1), nargs="+", metavar="N",
                         help="print Table 2's rows for these prompt lengths")
-    parser.add_argument("--repeats", type=at_least(1), default=5,
-                        help="timed runs of each arm")
+    parser.add_argument("--repeats", type=at_least(1), help="timed runs of each arm (default: 5; a "
+                        "prompt whose prefill takes over 2 s is timed while it is answered)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's "
@@ -297,9 +310,14 @@ def infer_options(doc):
          "random weights have nothing to say: use --bench")
     if args.bench:
         refuse_idle(parser, args, "with --bench, which reads random tokens greedily",
-                    "prompt prompt_file data row template system temperature seed html")
-    elif args.prompt or args.prompt_file:
-        refuse_idle(parser, args, "with a prompt", "row")
+                    "prompt prompt_file data row ask question template system temperature seed html")
+    elif not args.data:
+        refuse_idle(parser, args, "without --data", "row")
+    if args.left is not None:
+        need(0 < args.left <= 1 or args.left.is_integer() and args.left > 0,
+             f"--left {args.left}: expected a share, or a whole number of tokens")
+        need(args.left <= 1 or len(args.bench or [0]) == 1, "--left TOKENS is for one length")
+        refuse_idle(parser, args, "beside --left", "keep")
     check_tp(args)
     check_predictors(args)
     return args
@@ -321,39 +339,80 @@ def check_predictors(args):
 # ------------------------------------------------------------------------------ prompts and rows
 
 
-class Prompt(NamedTuple):
-    ids: list                       # token ids
+class Question(NamedTuple):
+    text: str
+    ids: list                       # token ids that follow the prompt; [] where it stands in there
     expected: Optional[str]         # the right answer, where it is known
+
+
+class Prompt(NamedTuple):
+    ids: list                       # token ids that are read, and pruned, once
+    questions: list                 # of Question, each answered behind the prompt
     tokenizer: Any
 
 
 def read_prompt(args, tokenizer):
-    """The prompt that infer.py's options ask for -> Prompt; says which files are used.
+    """The prompt that infer.py's options ask for -> Prompt; says which files are used."""
+    file, metadata = find_predictors(args)
+    chat = choose_chat(find(args.ckpt), args.template, args.system, metadata)
+    text, asked, before = text_and_questions(args)
+    need(text.strip(), "the prompt is empty")
+    print(f"model {find(args.ckpt)}; {in_words(file, metadata, chat)}", flush=True)
+    (question, expected), *more = asked or [("", None)]
+    place = args.question or ("last" if more else "both")
+    need(args.sink != "question" or question and place != "last",
+         "--sink question is for a question that stands first: --ask one, with --question both")
+    if question and place == "last":
+        return read_once(tokenizer, chat, text, asked, before)
+    need(not more, "several questions are asked last, of a text that is read once: leave out "
+                   f"--question {place}")
+    if question or expected is not None:
+        row = {"instruction": question or text, "context": text * bool(question), "response": "",
+               "before": before}
+        example = encode_row(tokenizer, row, chat, None, place, args.sink == "question")
+        args.sink = example.pinned or args.sink
+        ids = example.tokens.tolist()
+    else:
+        ids = tokenizer.encode(render(chat, text), chat.bos)
+    return Prompt(ids, [Question(question, [], expected)], tokenizer)
 
-    Without a prompt it is the toy's own row, or a page of ours with a question about it.
+
+def text_and_questions(args):
+    """-> a text; its questions, each with the right answer or None; earlier turns of a chat.
+
+    Without any it is a page of the checkpoint, or of ours, with questions about it.
     """
     sources = args.prompt, args.prompt_file, args.data
     need(sources.count(None) > 1,
          "--prompt, --prompt-file and --data each say what to read: leave all but one out")
-    file, metadata = find_predictors(args)
-    chat = choose_chat(find(args.ckpt), args.template, args.system, metadata)
+    asked = [(question.strip(), None) for question in args.ask or ()]
     if args.prompt is not None:
-        row = {"instruction": args.prompt}
-    elif args.prompt_file is not None:
-        row = {"instruction": read_text(args.prompt_file)}
-    else:
-        own = find(args.ckpt) / "train.jsonl"
-        path = args.data or (own if own.is_file() else DEMO)
-        rows = read_rows(path, "all" if path == DEMO else "heldout")
-        need(args.row < len(rows), f"--row {args.row}: {path} has {len(rows)} held-out rows")
-        row = rows[args.row]
-    need(row["instruction"].strip(), "the prompt is empty")
-    print(f"model {find(args.ckpt)}; {in_words(file, metadata, chat)}", flush=True)
-    if "response" not in row:
-        ids = tokenizer.encode(render(chat, row["instruction"]), chat.bos)
-        return Prompt(ids, None, tokenizer)
-    example = encode_row(tokenizer, row, chat)
-    return Prompt(example.tokens[:example.prompt_len].tolist(), row["response"], tokenizer)
+        return args.prompt, asked, ()
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file), asked, ()
+    if args.data is None:
+        own = find(args.ckpt) / DEMO.name
+        page = read_json(own if own.is_file() else DEMO)
+        return page["text"], asked or page["questions"], ()
+    rows = read_rows(args.data, "heldout")
+    need(args.row < len(rows), f"--row {args.row}: {args.data} has {len(rows)} held-out rows")
+    row = rows[args.row]
+    text, question = row.get("context"), row["instruction"]
+    if not text:
+        text, question = question, ""
+    return text, asked or [(question, row["response"])], row.get("before", ())
+
+
+def read_once(tokenizer, chat, text, asked, before):
+    """A text to be read once, and what follows it for each question -> Prompt."""
+    prompts = [render(chat, f"{text}\n\n{question}", before) for question, _ in asked]
+    heads = {prompt.rpartition(question)[0].rstrip()
+             for prompt, (question, _) in zip(prompts, asked)}
+    head = heads.pop()
+    need(head and not heads, f"{chat.file}: the chat template does not put a question last")
+    questions = [Question(question, tokenizer.encode(prompt[len(head):], bos=False), expected)
+                 for prompt, (question, expected) in zip(prompts, asked)]
+    return Prompt(tokenizer.encode(head, chat.bos), questions, tokenizer)
 
 
 def in_words(file, metadata, chat):
@@ -382,7 +441,8 @@ def rows_from(args, tokenizer, chat, split, limit=None):
     path = args.data or rows_at_hand(args.ckpt)
     limits = args.min_prompt, args.max_prompt, args.max_response, args.context
     return examples(tokenizer, path, split, chat, *limits, limit or args.limit, args.question,
-                    describe(args.ckpt)[1]["max_positions"])
+                    describe(args.ckpt)[1]["max_positions"],
+                    pin=getattr(args, "sink", None) == "question")
 
 
 def training_rows(args, tokenizer):

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 from collections import Counter
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ ASIDE = (*PARTS, "category", "text", "passage")
 class Example(NamedTuple):
     tokens: torch.Tensor            # (N,) prompt, then response
     prompt_len: int
+    pinned: int = 0                 # first tokens that must not be dropped, where that is asked for
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -142,27 +144,35 @@ def rows_at_hand(ckpt):
 
 
 def prompt_text(row, question="first"):
-    """What the user says: the instruction, a blank line, the context; "last": the context first."""
-    parts = [row["instruction"]]
-    if row.get("context"):
-        parts.insert(1 if question == "first" else 0, row["context"])
-    return "\n\n".join(parts)
+    """What the user says: the instruction, a blank line, the context; "last": the context first;
+    "both": the instruction once more behind it.
+    """
+    asked, context = row["instruction"], row.get("context")
+    if not context:
+        return asked
+    orders = {"first": [asked, context], "last": [context, asked], "both": [asked, context, asked]}
+    return "\n\n".join(orders[question])
 
 
-def encode_row(tokenizer, row, chat, max_response=96, question="first"):
+def encode_row(tokenizer, row, chat, max_response=96, question="first", pin=False):
     """A row {instruction, context, response} -> Example; the response is cut.
 
     chat: the template around the user's text, a support.chat.Chat. The plain one marks no end of
-    the prompt, so here a line break does.
+    the prompt, so here a line break does. pin: what stands before the context, a question that
+    comes first, is to be kept.
     """
-    text = prompt_text(row, question) + "\n" * (chat.name == "plain")
-    prompt = tokenizer.encode(render(chat, text, row.get("before", ())), chat.bos)
+    def ids(row):
+        text = prompt_text(row, question) + "\n" * (chat.name == "plain")
+        return tokenizer.encode(render(chat, text, row.get("before", ())), chat.bos)
+
+    prompt = ids(row)
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
-    return Example(torch.tensor(prompt + response), len(prompt))
+    pinned = len(commonprefix([ids(row | {"context": other}) for other in "0x"])) if pin else 0
+    return Example(torch.tensor(prompt + response), len(prompt), pinned)
 
 
 def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_response=96,
-             context=False, limit=None, question="first", max_positions=2**31):
+             context=False, limit=None, question="first", max_positions=2**31, pin=False):
     """Encoded rows of a file whose prompt has min_prompt to max_prompt tokens, at most `limit`.
 
     context: only rows that have one. max_response: responses are cut to so many tokens, None: not.
@@ -176,7 +186,7 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
         if context and not row.get("context"):
             lost["without a context"] += 1
             continue
-        whole = encode_row(tokenizer, row, chat, None, question)
+        whole = encode_row(tokenizer, row, chat, None, question, pin)
         n = whole.prompt_len
         tokens = whole.tokens[:n + max_response] if max_response else whole.tokens
         faults = {f"shorter than --min-prompt {min_prompt}": n < min_prompt,
@@ -189,7 +199,7 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
             lost[fault] += 1
             continue
         cuts[f"responses cut to {max_response} tokens"] += len(tokens) < len(whole.tokens)
-        found.append(Example(tokens, n))
+        found.append(whole._replace(tokens=tokens))
         if len(found) == limit:
             break
     need(found, f"{path}: no {split} row with a prompt of {min_prompt} to {max_prompt} tokens"

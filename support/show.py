@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -19,44 +20,76 @@ from support.options import beside, hardware
 # ------------------------------------------------------------------------------- both arms' answers
 
 
-def arms(prompt, said, row, fixed, html=None):
-    """What was dropped, both arms' texts, times, FLOPs and bytes -> a dict.
+class Writer:
+    """For infer.ask's stop: prints an answer as it grows, behind the name of its arm."""
 
-    prompt: a support.options.Prompt; said: {"full", "sdtp"} of infer.Generation; row: their times
-    and costs, see support.runs.table_row; fixed: for each token whether it is protected; html:
-    where to write the page of survivors.
+    def __init__(self, name, question, tokenizer):
+        self.question, self.tokenizer, self.shown = question, tokenizer, ""
+        print(f"{name:4}  {question.text}", end=" " * bool(question.text), flush=True)
+
+    def __call__(self, tokens):
+        text = self.tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):             # a character may take several tokens
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
+
+    def end(self, said):
+        """End the line -> what an infer.Said is, a dict; it is right if it holds the expected."""
+        text = self.tokenizer.decode(said.tokens[:-1] if said.ended else said.tokens)
+        told = {"question": self.question.text, "text": text, "expected": self.question.expected,
+                "new_tokens": len(said.tokens)}
+        verdict = ""
+        if told["expected"] is not None:
+            words, wanted = (re.findall(r"\w+", each.lower()) for each in (text, told["expected"]))
+            told["right"] = f" {' '.join(wanted)} " in f" {' '.join(words)} "
+            verdict = " (right)" if told["right"] else f" (wrong, expected {told['expected']!r})"
+        print(f"{text[len(self.shown):]}{verdict}", flush=True)
+        return told
+
+
+def arms(prompt, read, trace, row, fixed, html=None):
+    """What was dropped, times, FLOPs and bytes of both arms -> a dict.
+
+    prompt: a support.options.Prompt; read: {"full", "sdtp"} as infer.answer makes them; row: their
+    times and costs, see support.runs.table_row; fixed: for each token whether it is protected;
+    html: where to write the page of survivors.
     """
-    n, trace, tokenizer = len(prompt.ids), said["sdtp"].trace, prompt.tokenizer
-    pieces, stage_of = tokenizer.pieces(prompt.ids), dropped_at(trace, n)
-    print(survivors_text(pieces, stage_of, len(trace)) + "\n")
-    result = {"prompt_tokens": n, "expected": prompt.expected, "stage_of": stage_of,
-              "ideal": row["ideal"]}
-    for name, run in said.items():
-        result[name] = {"text": tokenizer.decode(run.tokens[:-1] if run.ended else run.tokens),
-                        "counts": run.counts, "new_tokens": len(run.tokens), **row[name]}
-        print(in_words(name, result[name]))
-    answers = {"all tokens": result["full"]["text"], "pruned": result["sdtp"]["text"]}
-    if prompt.expected is not None:
-        print(f"right {prompt.expected!r}")
-        answers["right"] = prompt.expected
+    n, stage_of = len(prompt.ids), dropped_at(trace, len(prompt.ids))
+    pieces = prompt.tokenizer.pieces(prompt.ids)
+    print(f"\n{survivors_text(pieces, stage_of, len(trace))}\n")
     if html:
-        survivors_page(html, pieces, stage_of, trace, fixed, answers)
+        survivors_page(html, pieces, stage_of, trace, fixed, read)
         print(f"wrote {html}")
+    result = {"prompt_tokens": n, "stage_of": stage_of, "ideal": row["ideal"],
+              **{name: told | row[name] for name, told in read.items()}}
+    for name, told in read.items():
+        print(in_words(name, result[name]))
+    idle = [s for s, stage in enumerate(trace, start=1) if stage.seen.shape == stage.kept.shape]
+    if idle:
+        print(f"stages {idle} found nothing to drop: what they would is protected")
     full, sdtp = result["full"], result["sdtp"]
     print(f"\n{n} prompt tokens, {1 - sdtp['counts'][-1] / n:.0%} dropped by the last stage; "
           f"prefill {row['speedup']['prefill']:.2f}x as fast (ideal by FLOPs {row['ideal']:.2f}x), "
-          f"KV cache {1 - sdtp['kv_bytes'] / full['kv_bytes']:.0%} smaller")
+          f"KV cache {1 - sdtp['kv_bytes'] / full['kv_bytes']:.0%} smaller{noise(row)}")
     return result
 
 
+def noise(row):
+    """What is to be said of times that other work on this machine has changed."""
+    spread = max(row[name]["prefill_spread_s"][1] / row[name]["prefill_spread_s"][0]
+                 for name in ("full", "sdtp"))
+    noisy = spread > 1.2 or row["share_of_ideal"] > 1
+    return "\n(this machine was busy: times differ by more than the method does)" * noisy
+
+
 def in_words(name, told):
-    """An arm in three lines."""
+    """An arm in two lines."""
     groups = itertools.groupby(told["counts"])
     counts = ", ".join(f"{n} x{len(list(group))}" for n, group in groups)
-    return (f"{name:4}  {told['text']!r}\n"
-            f"      prefill {1e3 * told['prefill_s']:.1f} ms, {told['flops'] / 1e9:.2f} GFLOPs; "
-            f"decode {1e3 * told['decode_s']:.1f} ms a token; end to end {1e3 * told['e2e_s']:.1f} "
-            f"ms; KV {told['kv_bytes'] / 1e6:.3f} MB\n"
+    low, high = (1e3 * seconds for seconds in told["prefill_spread_s"])
+    return (f"{name:4}  prefill {1e3 * told['prefill_s']:.0f} ms ({low:.0f} to {high:.0f}), decode "
+            f"{1e3 * told['decode_s']:.1f} ms a token, {told['flops'] / 1e9:.2f} GFLOPs, KV "
+            f"{told['kv_bytes'] / 1e6:.2f} MB; read and answered in {told['total_s']:.2f} s\n"
             f"      tokens per block {counts}")
 
 
@@ -69,10 +102,10 @@ def dropped_at(trace, n):
     return stage_of
 
 
-def survivors_text(pieces, stage_of, stages):
+def survivors_text(pieces, stage_of, stages, most=300):
     """The prompt in the terminal: survivors bold, dropped tokens from dark (first) to bright.
 
-    Without colour a dropped token is a dot.
+    Without colour a dropped token is a dot. Of more than `most` tokens only the ends are shown.
     """
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -82,16 +115,19 @@ def survivors_text(pieces, stage_of, stages):
 
     legend = [f"stage {s}: {stage_of.count(s)}" for s in range(1, stages + 1)]
     if color:
-        shown = map(paint, pieces, stage_of)
+        shown = list(map(paint, pieces, stage_of))
         legend = map(paint, legend, range(1, stages + 1))
     else:
-        shown = ("\u00b7" if s else piece for piece, s in zip(pieces, stage_of))
+        shown = ["\u00b7" if s else piece for piece, s in zip(pieces, stage_of)]
+    if len(shown) > most:
+        shown[most // 2:-most // 2] = [f" [... {len(shown) - most} tokens ...] "]
     count = f"kept to the end: {stage_of.count(0)} of {len(stage_of)}"
-    return "".join(shown) + f"\n\n{count}; dropped by " + ", ".join(legend)
+    dot = "" if color else "a dot is a dropped token; "
+    return "".join(shown) + f"\n\n{dot}{count}; dropped by " + ", ".join(legend)
 
 
-def survivors_page(path, pieces, stage_of, trace, fixed, answers):
-    """The same as one self-contained page, made from survivors.html; answers: {arm: its text}.
+def survivors_page(path, pieces, stage_of, trace, fixed, read):
+    """The same, with the answers, as one self-contained page, made from survivors.html.
 
     A slider goes through the stages. A token shows its score at every stage that saw it, and its
     rank among the tokens that compete; the protected ones, `fixed`, do not.
@@ -111,6 +147,8 @@ def survivors_page(path, pieces, stage_of, trace, fixed, answers):
     stages = [{"block": stage.block, "seen": stage.seen.shape[1], "kept": stage.kept.shape[1]}
               for stage in trace]
     # "<" is escaped, so that no text of the prompt can close the script
+    answers = [{"arm": name, **{part: each[part] for part in ("question", "text", "expected")}}
+               for name, told in read.items() for each in told["answers"]]
     told = {"answers": answers, "stages": stages, "tokens": tokens}
     text = json.dumps(told).replace("<", "\\u003c")
     template = Path(__file__).with_name("survivors.html").read_text(encoding="utf-8")

@@ -13,13 +13,13 @@ import torch
 
 import infer
 from conftest import SCHEDULE, TOY, command, tiny_model
-from infer import bench, compare, decode, generate, greedy, sampler
-from lab.scorers import make_scorer, random_scorer
+from infer import ask, bench, compare, decode, generate, greedy, sampler
+from lab.scorers import make_scorer, norm, random_scorer
 from model import Tokenizer
-from prune import UNPRUNED, Schedule, load_pruning, prefill
+from prune import UNPRUNED, Schedule, extend, load_pruning, prefill
 from support.chat import choose_chat
 from support.config import SHAPES
-from support.options import add_pruning_options
+from support.options import add_pruning_options, infer_options, read_prompt
 from support.rows import examples
 from support.runs import Progress
 from support.weights import compile_blocks
@@ -55,6 +55,26 @@ def test_pruned_generation_holds_the_scheduled_counts(tiny, tokens):
     assert run.counts == SCHEDULE.counts(60, 6)
     assert len(run.tokens) == 5
     assert [cache.n for cache in run.caches] == [n + 4 for n in run.counts]
+
+
+def test_questions_are_answered_on_caches_as_if_each_were_the_only_one(tokens):
+    """Pruned or not; against a prefill of its own and a decode that sets nothing back."""
+    model, questions = tiny_model(window=23), [tokens[:, a:a + 5] for a in (50, 3, 17)]
+    for arm in ((), (SCHEDULE, norm)):
+        def fresh():
+            return prefill(model, tokens[:, :48], *arm, room=12)[1]
+
+        caches, wanted = fresh(), []
+        held = [cache.n for cache in caches]
+        for question in questions:
+            own = fresh()
+            logits = extend(model, question, 48, own)[:, -1]
+            wanted.append(list(islice(decode(model, logits, own, 53), 8)))
+        for _ in range(2):
+            found = [ask(model, question, 48, caches, 8, eos=()) for question in questions]
+            assert [each.tokens for each in found] == wanted
+            assert [cache.n for cache in caches] == held
+    assert len(set(map(tuple, wanted))) == 3 and found[0].first_s > 0 < found[0].decode_s
 
 
 def test_generation_stops_at_an_end_or_where_it_is_told(tiny, tokens, said):
@@ -182,7 +202,9 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words), "--json"])
         monkeypatch.setattr(sys, "__stdout__", sys.stdout)
         infer.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        *text, last = capsys.readouterr().out.splitlines()
+        told.text = "\n".join(text)
+        return json.loads(last)
     return told
 
 
@@ -192,16 +214,56 @@ def test_infer_command(tmp_path):
     code, out, err = command("infer.py", *COMMITTED, "--json", "--html", page, "--repeats", 1)
     assert code == 0, err
     result = json.loads(out)
-    full, sdtp = result["full"], result["sdtp"]
-    assert full["text"].strip() == result["expected"] == sdtp["text"].strip()
-    assert sdtp["counts"][-1] < 0.36 * result["prompt_tokens"]
-    assert page.is_file()
+    for arm in ("full", "sdtp"):
+        answers = result[arm]["answers"]
+        assert len(answers) == 6 and all(answer["right"] for answer in answers), answers
+    assert result["sdtp"]["counts"][-1] < 0.36 * result["prompt_tokens"]
+    assert all(answer["text"] in page.read_text() for answer in answers)
+
+
+WHERE = [       # options, the questions that are read behind the prompt, where the others stand
+    (("--ask", "who?"), 0, "who? The fog. who?"),
+    (("--ask", "who?", "--question", "first"), 0, "who? The fog."),
+    (("--ask", "who?", "--question", "last"), 1, "The fog."),
+    (("--ask", "who?", "--ask", " why? "), 2, "The fog."),
+    ((), 0, "The fog."),
+]
+
+
+@pytest.mark.parametrize("words, behind, text", WHERE, ids=str)
+def test_where_a_question_stands(words, behind, text, monkeypatch):
+    tokenizer, words = Tokenizer("toy"), ["--prompt", "The fog.", *words]
+    monkeypatch.setattr(sys, "argv", ["infer.py", *COMMITTED, *words])
+    prompt = read_prompt(infer_options(""), tokenizer)
+    assert tokenizer.decode(prompt.ids) == text
+    said = [tokenizer.decode(question.ids).strip() for question in prompt.questions]
+    assert said == (["who?", "why?"][:behind] or [""])
 
 
 def test_both_arms_draw_the_same_numbers(run):
     told = run(*COMMITTED, "--keep", 1, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9)
     other = run(*COMMITTED, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9, "--seed", 1)
-    assert told["full"]["text"] == told["sdtp"]["text"] != other["full"]["text"]
+    said, pruned, others = ([answer["text"] for answer in each["answers"]] for each in (
+        told["full"], told["sdtp"], other["full"]))
+    assert said == pruned != others
+
+
+@pytest.mark.parametrize("left, kept", [(0.4, 80), (100, 100), (1, 200), (1000, 200)])
+def test_how_much_is_left_in_the_users_terms(left, kept, run):
+    text = "fog " * 199                             # and <s>
+    told = run(*COMMITTED, "--left", left, "--repeats", 1, "--max-new-tokens", 1, "--prompt", text)
+    assert told["sdtp"]["counts"][-1] == kept == told["stage_of"].count(0)
+    assert ("found nothing to drop" in run.text) == (kept == 200)
+
+
+def test_a_question_that_is_kept_whole(run):
+    """The toy's is dropped otherwise: it stands far from the end."""
+    words = "--ask", "Anna sells maps.", "--prompt", "The fog moved. " * 40, "--max-new-tokens", 1
+    plain, kept = (run(*COMMITTED, *words, "--repeats", 1, "--left", 30, "--question", "first", *more)
+                   for more in ((), ("--sink", "question")))
+    assert any(plain["stage_of"][4:6]) and not any(kept["stage_of"][:6])
+    assert kept["schedule"]["sink"] == 6
+    assert plain["sdtp"]["counts"] == kept["sdtp"]["counts"]
 
 
 def test_fewer_stages_prune_as_the_first_of_all_do(run):
@@ -225,7 +287,8 @@ def test_bench_of_random_weights(run, monkeypatch, leaves):
 REFUSED = [     # options of infer.py, what the one line says
     (("--prompt", " "), "the prompt is empty"),
     (("--prompt", "word " * 3000), "past this model's 2048 positions"),
-    (("--row", 9999), "held-out rows"),
+    (("--row", 9999, "--data", TOY / "train.jsonl"), "train.jsonl has 20 held-out rows"),
+    (("--ask", "a", "--ask", "b", "--question", "both"), "several questions are asked last"),
     (("--first", 3), "predictors stand after blocks"),
     (("--keep", 0), "keep lies in"),
     (("--prompt-file", "tests"), "tests: no such prompt file"),
@@ -233,9 +296,12 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--temperature", "nan"), "expected 0 or more"),
     *((("--bench", 64, name, value), f"{name} does nothing with --bench, which reads random") for
       name, value in (("--temperature", 1), ("--html", "x"), ("--prompt", "x"), ("--row", 1))),
-    (("--prompt", "a", "--row", 1), "--row does nothing with a prompt: leave it out"),
+    (("--prompt", "a", "--row", 1), "--row does nothing without --data: leave it out"),
     (("--prompt_file", "x"), "arguments: --prompt_file x; do you mean --prompt-file?"),
     (("--max-new-tokens", -3), "expected a whole number, at least 1, not '-3'"),
+    (("--left", 0), "expected a share, or a whole number of tokens"),
+    (("--left", 50, "--keep", 0.5), "--keep does nothing beside --left"),
+    (("--sink", "question"), "--sink question is for a question that stands first"),
     (("--tp",), "--tp and torchrun"),
 ]
 

@@ -12,6 +12,7 @@ from support import show
 
 HOSTILE = ["</script><script>document.title='broken out'</script>", "<!--", "]]>",
            "\u2028\"'\\", "&amp;", "\n\n", " word", "<s>"]
+READ = {"full": {"answers": [{"question": "<!--", "text": "</script>", "expected": HOSTILE[0]}]}}
 FIXED = protected(torch.arange(60), 60, SCHEDULE).tolist()
 
 
@@ -23,8 +24,7 @@ def page(tiny, tokens, tmp_path):
                           lambda s, x, pos: torch.rand(pos.shape, generator=generator))
     stage_of = show.dropped_at(trace, 60)
     pieces = HOSTILE + [f" w{i}" for i in range(60 - len(HOSTILE))]
-    said = {"full": "</script>", "right": HOSTILE[0]}
-    show.survivors_page(tmp_path / "page.html", pieces, stage_of, trace, FIXED, said)
+    show.survivors_page(tmp_path / "page.html", pieces, stage_of, trace, FIXED, READ)
     return (tmp_path / "page.html").read_text(encoding="utf-8"), trace, stage_of
 
 
@@ -42,7 +42,7 @@ def test_the_page_loads_nothing_and_no_prompt_breaks_out(page):
     data = data_of(text)
     assert [t["piece"] for t in data["tokens"]][:len(HOSTILE)] == HOSTILE
     assert [t["stage"] for t in data["tokens"]] == stage_of
-    assert data["answers"] == {"full": "</script>", "right": HOSTILE[0]}
+    assert data["answers"] == [{"arm": "full", **READ["full"]["answers"][0]}]
     counts = SCHEDULE.counts(60, 6)
     wanted = [(b + 1, counts[b], counts[b + 1]) for b in range(4)]
     assert [(s["block"], s["seen"], s["kept"]) for s in data["stages"]] == wanted
@@ -75,7 +75,36 @@ def test_scores_without_a_number_do_not_break_the_page(tmp_path):
 
 def test_a_dropped_token_is_a_dot_and_the_legend_counts():
     text = show.survivors_text(["a", " b", " c", " d"], [0, 1, 2, 0], 2)
-    assert text == "a\u00b7\u00b7 d\n\nkept to the end: 2 of 4; dropped by stage 1: 1, stage 2: 1"
+    said = "kept to the end: 2 of 4; dropped by stage 1: 1, stage 2: 1"
+    assert text == f"a\u00b7\u00b7 d\n\na dot is a dropped token; {said}"
+    text = show.survivors_text(["a", " b", " c", " d"], [0, 1, 2, 0], 2, most=2)
+    assert text.startswith("a [... 2 tokens ...]  d\n\n")
+
+
+@pytest.mark.parametrize("text, expected, verdict", [
+    ("Anna sells 3 maps.", "anna sells 3 maps", " (right)"), ("maps, of Anna", "maps of", " (right)"),
+    ("mapsy", "maps", " (wrong, expected 'maps')"), ("maps", None, "")])
+def test_an_answer_is_written_as_it_grows(text, expected, verdict, capsys):
+    letters = SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    question = SimpleNamespace(text="who?", expected=expected)
+    writer, ids = show.Writer("full", question, letters), list((text + "\u00e9").encode())
+    assert not any(writer(ids[:i]) for i in range(1, len(ids) + 1))
+    assert capsys.readouterr().out == f"full  who? {text}\u00e9"
+    told = writer.end(SimpleNamespace(tokens=[*ids[:-2], 0], ended=True))
+    assert (told["text"], told.get("right")) == (text, "right" in verdict if verdict else None)
+    assert capsys.readouterr().out == f"{verdict}\n"
+
+
+def row_of(full, sdtp, share):
+    arms = {name: {"prefill_spread_s": spread} for name, spread in (("full", full), ("sdtp", sdtp))}
+    return {**arms, "share_of_ideal": share}
+
+
+@pytest.mark.parametrize("row, said", [
+    (row_of((1, 1.1), (1, 1.1), 0.9), False), (row_of((1, 1.3), (1, 1.1), 0.9), True),
+    (row_of((1, 1.1), (1, 1.3), 0.9), True), (row_of((1, 1.1), (1, 1.1), 1.2), True)])
+def test_a_busy_machine_is_told(row, said):
+    assert ("was busy" in show.noise(row)) == said
 
 
 def test_no_color_is_respected(monkeypatch):

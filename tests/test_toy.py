@@ -17,7 +17,8 @@ def test_the_committed_files_are_those_that_the_script_writes(tmp_path, monkeypa
     monkeypatch.setattr(toy, "TOY", tmp_path)
     toy.make_tokenizer(0)
     toy.write(load("toy", device="cpu"), 0)
-    for name in ("tokenizer.model", "train.jsonl", "model.safetensors", "chat_template.jinja"):
+    for name in ("tokenizer.model", "train.jsonl", "model.safetensors", "chat_template.jinja",
+                 "demo.json"):
         assert (tmp_path / name).read_bytes() == (TOY / name).read_bytes(), name
     assert read_config(tmp_path / "config.json") == read_config(TOY / "config.json")
 
