@@ -67,7 +67,8 @@ def norm(s, x, pos):
 def entered(model, schedule, s, pos):
     """The block that stage s stands before, and the Rope of the tokens that enter it."""
     b = schedule.after(len(model.blocks))[s - 1]
-    return model.blocks[b], model.rope(pos, pos[0, -1].item() + 1)      # the list counts from 0
+    # the list counts from 0; the last position is on the device, and not waited for
+    return model.blocks[b], model.rope(pos, model.config.max_positions)
 
 
 def attention_scorer(model, schedule, last=None, chunk=256):
