@@ -1,11 +1,10 @@
 """README.md and docs/: true to the tree, and their Python runs."""
-import contextlib
-import io
+import os
 import re
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "TEACHING.md"]
@@ -59,15 +58,9 @@ def test_names_beside_a_file_are_defined_in_it():
         assert re.search(rf"(def|class) {name}\b", code), (file, name)
 
 
-def test_the_lines_of_python_answer(monkeypatch):
-    """A dozen lines from a prompt to a pruned answer, as they are printed."""
-    monkeypatch.chdir(ROOT)
+def test_the_lines_of_python_answer_from_anywhere(tmp_path):
+    """A prompt that is read once, pruned, and asked twice, as it is printed."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert len(code.splitlines()) <= 15
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(compile(code, "README.md", "exec"), {})
-    answer, counts = said.getvalue().split("[")
-    assert answer.startswith("Anna sells old maps.")
-    counts = [int(n) for n in counts.strip("]\n").split(",")]
-    assert len(counts) == 12 and counts[-1] < 0.36 * counts[0]
+    assert len(code.splitlines()) <= 16
+    done = command("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done == (0, "Anna sells old maps.\nBoris sells wooden keys.\n", "")
