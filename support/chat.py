@@ -2,10 +2,12 @@
 
 A chat template is a program in Jinja that comes with a checkpoint. It runs in jinja2's sandbox,
 with the settings and names that transformers 5.23 gives it. So it can write text and do nothing
-else. The tests compare prompts with transformers' apply_chat_template, token by token.
+else. The tests compare prompts with transformers' apply_chat_template, token by token, for nineteen
+templates of the published shapes, with system texts and earlier turns.
 
-What is not known here: tools, documents, and special tokens that no file of the checkpoint names.
-A template that loops for hours and writes nothing meanwhile is not stopped.
+What is not known here: tools and documents; special tokens that no file of the checkpoint names,
+where transformers' class of tokenizer has some; settings of `tojson` without their name, which are
+refused. A template that loops for hours and writes nothing meanwhile is not stopped.
 """
 import hashlib
 import json
@@ -48,19 +50,22 @@ def choose_chat(root, template=None, system=None, metadata=None):
     """The Chat of a checkpoint directory: the one asked for (--template, --system), else that of
     the predictors' metadata, else the checkpoint's own, else plain.
 
-    template: "plain", "chatml", "own" or the path of a .jinja file. Raises ValueError for one that
-    is missing, damaged, or not the one that the predictors were trained with.
+    template: "plain", "chatml", "own" or the path of a .jinja file. metadata: of predictors, where
+    there are some, see chat_notes. Raises ValueError for a template that is missing, damaged, or no
+    longer the one that the predictors were trained with; plain and chatml are known by their name.
     """
-    metadata = {} if template else metadata or {}
+    metadata = metadata or {}
+    trained = metadata.get("template")
     files = map(root.joinpath, ("chat_template.jinja", "chat_template.json",
                                 "tokenizer_config.json"))
     own = next(filter(read_template, files), None)
-    name = template or metadata.get("template") or ("own" if own else "plain")
+    name = template or trained or ("own" if own else "plain")
     file = own if name == "own" else Path(name)
     source = BUILT_IN.get(name) or file and read_template(file)
-    why = "asked for" if template else f"{own or 'the checkpoint has none'}"
-    if "template" in metadata:
-        why = "that of the predictors"
+    why = "that of the predictors" if trained else f"{own or 'the checkpoint has none'}"
+    if template:
+        why = f"asked for; that of the predictors is {trained}" if trained else "asked for"
+        metadata = {}
     need(source, f"{root}: no chat template {name} ({why}); choose --template plain, chatml, own "
                  "(where the checkpoint has one) or a .jinja file")
     chat = Chat(name, source, system or metadata.get("system"), why, name in BUILT_IN, file,
@@ -80,7 +85,7 @@ def read_template(file):
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
         found = found["default"] if isinstance(found, dict) else found
-        need(found is None or isinstance(found, str), "it is not text")
+        need(isinstance(found or "", str), "it is not text")
         (found or "").encode()          # a lone surrogate is no text
         return found
 
@@ -121,6 +126,6 @@ def compiled(source):
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # not for HTML
-    # {% generation %} marks what a model said, for its training: here a block like any other
+    # {% generation %} marks what a model said, for its training; here it is a block like any other
     source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
     return sandbox.from_string(source)

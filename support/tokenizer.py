@@ -5,21 +5,32 @@ reads tokenizer.model, and the text is first split here at special and added tok
 then those of the tokenizer.json that such models are published with.
 
 The tests compare ids and decoded texts with transformers 5.23, for tokenizers made like those of
-Llama 2 and 3, Mistral 0.2 and 0.3, Qwen2 and SmolLM2. They are equal. Different on purpose:
+Llama 2 and 3, CodeLlama, Mistral 0.2 and 0.3, Qwen2 and SmolLM2, and for every flag of an added
+token in both files. They are equal. Different on purpose:
 - A text never gets a second begin-of-text token.
-- The length limit and the padding that a tokenizer.json may hold are not applied.
-- A tokenizer.json that puts no space in front of a text is believed, whatever its class.
+- Of what the files may hold, the length limit, the padding and split_special_tokens are not
+  applied.
+- A tokenizer.json is believed, whatever its class. Only a LlamaTokenizer's settings count before
+  it, and only for where a text gets a space in front; where the file puts none, none is put.
+  transformers builds the rules of some classes anew, as of Qwen2Tokenizer.
 - A token is special only if a file lists it as an added token. transformers also takes each
-  bos_token, pad_token, ... for one, and makes up an id where there is none.
-- What tokenizer.json has as special stays so, whatever tokenizer_config.json says. Its other flags
-  count for all tokens; transformers' Qwen2Tokenizer forgets them where a token has a role.
-- added_tokens.json is not read beside a tokenizer.json.
-- A tokenizer.model alone begins every text unless add_bos_token is false, a Mistral's puts a space
-  in front, and one that normalises texts does so. transformers does none of the three, but obeys
-  add_eos_token.
-What is not known here: lstrip, rstrip and single_word of a token beside a tokenizer.model; and
-where tokenizer_config.json has add_prefix_space false but the tokenizer.json puts spaces, the ids
-are right and decode loses a first space.
+  bos_token, pad_token, ..., and additional_special_tokens, and makes up an id where there is none.
+- added_tokens_decoder in tokenizer_config.json counts before tokenizer.json, with every flag.
+  transformers' PreTrainedTokenizerFast keeps special what tokenizer.json has as special, and its
+  Qwen2Tokenizer forgets the other flags of a token that has a role.
+- added_tokens.json is not read beside a tokenizer.json, nor is a tokenizer.json where the package
+  is missing.
+- A tokenizer.model alone begins every text unless add_bos_token is false; in transformers only
+  where it is true. A Mistral's, or one without a tokenizer_class, puts a space in front; there not.
+  One that normalises texts does so; there a Llama's not, and none merges spaces. add_eos_token is
+  not obeyed; there it is.
+Where a text gets a space in front, a text that begins with one may have the same ids as without
+it. Then decode gives it back without.
+
+What is not known here, beside a tokenizer.model: `normalized`. transformers looks for tokens that
+are not normalized first, and for a Mistral 0.2 finds a normalized one only behind a space. Of
+tokens that overlap the longest wins here; there one that is found but is no single word still hides
+the others.
 """
 import codecs
 import re
@@ -30,8 +41,8 @@ from support.files import blame, need, read_json, read_object
 from support.weights import find
 
 SPACE = "\u2581"                    # what stands for a space in the vocabulary of sentencepiece
-# A byte-level vocabulary writes a byte as the letter of that number, and those that are no letter
-# as the letters from 256 on.
+# A byte-level vocabulary writes a byte as the character of that number; a byte whose character
+# cannot be seen as the next one from 256 on.
 BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 256))
 
 
@@ -71,17 +82,13 @@ class Tokenizer:
         return self.inner.decode([i for i in ids if i not in self.inner.special])
 
     def pieces(self, ids):
-        """The readable text of each token, special ones too, for pictures: a list.
+        """The readable text of each token, special ones too, for pictures: a list of str.
 
-        A character that several tokens share stands whole at its last one, and "" at those before.
-        What is no character is U+FFFD; a token beyond the vocabulary is "".
+        A character that several tokens share stands whole at the last of them, the others are "".
+        Bytes that make no character are U+FFFD; a token beyond the vocabulary is "".
         """
         joined = codecs.getincrementaldecoder("utf-8")("replace")
         return [joined.decode(self.inner.spell(i), n == len(ids)) for n, i in enumerate(ids, 1)]
-
-    def piece(self, token):
-        """One token as readable text."""
-        return self.pieces([token])[0]
 
 
 def open_files(root):
@@ -104,6 +111,8 @@ class FromJson:
 
     begin: the id of begin-of-text in a list, [] where there is none. front: what every text gets
     in front, begin or []; the file alone says so, add_bos_token beside it counts nothing.
+    added: the added tokens by id; special: the ids that decode leaves out. bytewise: whether the
+    letters of other tokens stand for bytes.
     """
 
     def __init__(self, file):
@@ -122,11 +131,13 @@ class FromJson:
             self.bytewise = "ByteLevel" in str(self.hf.decoder)
             probe = self.hf.encode("a")
             self.front = probe.ids[:probe.special_tokens_mask[0]]
-            spaced = probe.tokens[len(self.front)].startswith(SPACE)
-        except Exception as e:              # the package raises bare Exception
+            spaced = SPACE in probe.tokens[len(self.front)]
+            bos = self.hf.token_to_id(special_tokens(settings).get("bos_token", ""))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:          # the package raises Exception; its panics are none
             raise ValueError(f"{file}: not a tokenizer file, or the list of added tokens in "
                              f"tokenizer_config.json is damaged ({e})") from None
-        bos = self.hf.token_to_id(special_tokens(settings).get("bos_token", ""))
         self.begin = self.front or [bos] * (bos is not None)
         # Of a LlamaTokenizer the settings say, and no longer the file, where a text gets a space
         # in front. A file that puts none is believed.
@@ -160,7 +171,7 @@ class FromModel:
     """tokenizer.model: a text is split at special and added tokens, the longest first, and
     sentencepiece reads what is between them.
 
-    begin, front: as of FromJson. sp puts a space in front of every text, bare does not.
+    begin, front, special: as of FromJson. sp puts a space in front of every text, bare does not.
     marks: {text of a special or added token: its id}; pieces: {id: text} of all tokens.
     """
 
@@ -200,7 +211,7 @@ class FromModel:
             bare = part.startswith((" ", SPACE)) or self.spaces == "first" and end
             ids += (self.bare if bare and self.spaces != "model" else self.sp).encode(part)
             if found:
-                ids.append(self.marks[found[found.lastindex]])
+                ids.append(self.marks[found[found.lastindex or 0]])
                 end = found.end()
         return ids
 
@@ -212,7 +223,7 @@ class FromModel:
 
 
 def spell(piece):
-    """The bytes of a piece of sentencepiece's; <0xE6> is one byte."""
+    """The bytes of a piece of sentencepiece's, as text is written; <0xE6> is one byte."""
     byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 
@@ -251,11 +262,14 @@ def added_tokens(settings, older):
 
 
 def pattern(token):
-    """A regular expression for an added token, and for the spaces around it that it swallows."""
-    text = f"({re.escape(token['content']) or '(?!)'})"
+    """A regular expression for an added token; where it swallows the spaces around it, its own
+    text is a group.
+    """
+    text = re.escape(token["content"]) or "(?!)"
     if token.get("single_word"):
         text = rf"(?<!\w){text}(?!\w)"
-    return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
+    left, right = (r"\s*" * bool(token.get(side)) for side in ("lstrip", "rstrip"))
+    return f"{left}({text}){right}" if left + right else text
 
 
 def where_spaces(settings):

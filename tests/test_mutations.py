@@ -97,7 +97,7 @@ def use(folder):
     schedule, scorer = Schedule(**metadata["schedule"]), predictor_scorer(predictors)
     said = generate(model, rows[0].tokens[None], 2, schedule, scorer).tokens
     tokenizer.decode(said)
-    tokenizer.piece(said[0])
+    tokenizer.pieces(said)
     resume(folder, model, rows)
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_file_is_used_or_refused_in_one_line(file, seed, good, tmp_pat
         use(folder)
     except (ValueError, OSError, ImportError) as e:
         # a model that can still be read may say so itself
-        assert re.search(f"{folder}|this model's|logits are not finite", str(e))
+        assert re.search(f"{folder}|this model's|not finite", str(e))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

@@ -34,6 +34,9 @@ PLAIN = [
 ]
 
 
+LANGUAGES = ["霧が海の上にある。", "หมอกอยู่ บนทะเล", "🙂🏽 👩‍👩‍👧🇫🇷 x", "Туман над морем", "naïve 1"]
+
+
 def texts_with(a, b):
     """Texts in which two special tokens stand at the edges, in a row, between spaces."""
     return [f"{a}The fog{b}\n", f"{a} The {b} fog{a}{b}", f"  {a}  {b}", f"The{a}\n\n{b}the",
@@ -141,6 +144,8 @@ KINDS = {   # model_type, how tokenizer.json puts spaces, tokenizer_config.json
     "OpenHermes": ("mistral", "prepend", {**LLAMA, "legacy": True, "eos_token": "<|im_end|>"}),
     "Mistral 0.2": ("mistral", "prepend", {**LLAMA, "legacy": True}),
     "Mistral 0.3": ("mistral", "first", {**LLAMA, "legacy": False}),
+    "CodeLlama": ("llama", "prepend", {**LLAMA, "tokenizer_class": "CodeLlamaTokenizer"}),
+    "Qwen3, by sentencepiece": ("qwen3", "prepend", {**LLAMA, "legacy": True}),
     "Llama-3": ("llama", None, {**BYTES, "bos_token": "<|begin_of_text|>"}),
     "Qwen2": ("qwen2", None, {**BYTES, "tokenizer_class": "Qwen2Tokenizer"}),
     "SmolLM2": ("llama", None, {**BYTES, "tokenizer_class": "GPT2Tokenizer",
@@ -174,8 +179,15 @@ def without_package(folder, monkeypatch):
         return Tokenizer(folder)
 
 
+def readers(folder, monkeypatch):
+    """The tokenizers of a folder: of tokenizer.json, and of a tokenizer.model if there is one."""
+    if (folder / "tokenizer.model").exists():
+        return [Tokenizer(folder), without_package(folder, monkeypatch)]
+    return [Tokenizer(folder)]
+
+
 def pieces(tokenizer, text, bos=True):
-    return [tokenizer.piece(i) for i in tokenizer.encode(text, bos)]
+    return tokenizer.pieces(tokenizer.encode(text, bos))
 
 
 # ------------------------------------------------------------------------------- as transformers
@@ -199,22 +211,32 @@ def same_as_transformers(ours, texts):
 @needs("tokenizers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_files_give_the_ids_of_transformers(kind, tmp_path, monkeypatch):
-    fast = Tokenizer(write(tmp_path, kind))
+    fast, *slow = readers(write(tmp_path, kind), monkeypatch)
     assert isinstance(fast.inner, FromJson)
-    same_as_transformers(fast, TEXTS)
     assert fast.prefix == {"Llama-3": 400, "Qwen2": 2}.get(kind, 1)     # of Qwen2 the end
-    if KINDS[kind][1]:
-        slow = without_package(tmp_path, monkeypatch)
-        assert isinstance(slow.inner, FromModel)
-        same_as_transformers(slow, TEXTS)
+    same_as_transformers(fast, TEXTS)
+    for tokenizer in slow:
+        assert isinstance(tokenizer.inner, FromModel)
+        same_as_transformers(tokenizer, TEXTS)
         for text in TEXTS:
-            assert pieces(slow, text) == pieces(fast, text)
+            assert pieces(tokenizer, text) == pieces(fast, text)
 
 
 @needs("tokenizers")
-@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
-@pytest.mark.parametrize("kind", ["Llama-2", "Qwen2"])
-def test_the_list_of_added_tokens_counts_before_tokenizer_json(kind, flag, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_are_shown_whole_at_their_last_token(kind, tmp_path, monkeypatch):
+    for tokenizer in readers(write(tmp_path, kind), monkeypatch):
+        for text in LANGUAGES:
+            ids = tokenizer.encode(text, bos=False)
+            shown = tokenizer.pieces(ids)
+            assert "".join(shown).removeprefix(" ") == text and len(shown) == len(ids)
+        assert tokenizer.pieces(tokenizer.encode("🙂")[:-1])[-1] == "\ufffd"
+
+
+@needs("tokenizers")
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized", "special"])
+@pytest.mark.parametrize("kind", ["Llama-2", "Mistral 0.3", "Qwen2"])
+def test_the_list_of_added_tokens_counts_before_tokenizer_json(kind, flag, tmp_path, monkeypatch):
     settings = write(tmp_path, kind) / "tokenizer_config.json"
     tokens = json.loads(settings.read_text())["added_tokens_decoder"]
     known = tokens["1"]                 # <s> or <|im_start|>
@@ -223,8 +245,29 @@ def test_the_list_of_added_tokens_counts_before_tokenizer_json(kind, flag, tmp_p
     tokens[str(size)] = known | {"content": "<é>", "special": False}
     change(settings, added_tokens_decoder=tokens)
     a, b = known["content"], "<é>"
-    texts = [f"a {a} b", f"a{a}b {a} \n", *texts_with(b, a), "a <e\u0301> b<é>"]
-    same_as_transformers(Tokenizer(tmp_path), TEXTS + texts)
+    texts = [f"a {a} b", f"a{a}b {a} \n", *texts_with(b, a), "a <e\u0301> b<é>", "_<é> \t<é>-"]
+    for tokenizer in readers(tmp_path, monkeypatch):
+        same_as_transformers(tokenizer, TEXTS + texts)
+
+
+DIFFERENT = [   # what tokenizer_config.json says, a text, our tokens; transformers differs
+    ("Llama-3", {"pad_token": "fog"}, "fog", ["f", "og"]),
+    ("Llama-3", {"split_special_tokens": True}, "<|eot_id|>", ["<|eot_id|>"]),
+    # in what decode gives back
+    ("Llama-3", {"added_tokens_decoder": {"1": {"content": "<|im_start|>"}}}, "<|im_start|>",
+     ["<|im_start|>"]),
+    ("Qwen2", {"added_tokens_decoder": {"2": {"content": "<|im_end|>", "rstrip": True}}},
+     "<|im_end|> a", ["<|im_end|>", "a"]),
+]
+
+
+@needs("tokenizers")
+@pytest.mark.parametrize("kind, entries, text, shown", DIFFERENT)
+def test_different_on_purpose(kind, entries, text, shown, tmp_path):
+    change(write(tmp_path, kind) / "tokenizer_config.json", **entries)
+    assert pieces(Tokenizer(tmp_path), text, bos=False) == shown
+    with pytest.raises(AssertionError):
+        same_as_transformers(Tokenizer(tmp_path), [text])
 
 
 @needs("tokenizers")
@@ -239,7 +282,7 @@ def test_tokenizer_json_alone_says_whether_a_text_begins(begins, asked, tmp_path
     tokenizer = Tokenizer(tmp_path)
     same_as_transformers(tokenizer, TEXTS)
     assert (tokenizer.encode("The")[0] == tokenizer.prefix) == begins
-    assert tokenizer.piece(tokenizer.prefix) == "<|begin_of_text|>"
+    assert tokenizer.pieces([tokenizer.prefix]) == ["<|begin_of_text|>"]
 
 
 @needs("tokenizers")
@@ -263,56 +306,30 @@ def llama(tmp_path):
     return tmp_path
 
 
-DECODER = {"500": {"content": "<|im_start|>", "special": True},
-           "501": {"content": "<|im_end|>", "special": False}}
-
-
-@pytest.mark.parametrize("file, entries", [
-    ("added_tokens.json", {"<|im_start|>": 500, "<|im_end|>": 501}),
-    ("tokenizer_config.json", {"added_tokens_decoder": DECODER}),
-])
-def test_added_tokens_lie_beyond_the_vocabulary(file, entries, llama):
-    change(llama / file, **entries)
-    tokenizer = Tokenizer(llama)
-    ids = tokenizer.encode(TURN)
-    assert [i for i in ids if i >= 400] == [500, 501, 500]
-    assert pieces(tokenizer, TURN)[:4] == ["<s>", "<|im_start|>", "us", "er"]
-
-
-def test_decode_leaves_out_special_tokens_alone(llama):
-    settings = llama / "tokenizer_config.json"
-    change(settings, added_tokens_decoder=DECODER)
-    tokenizer = Tokenizer(llama)
-    ids = tokenizer.encode(TURN)
-    assert tokenizer.decode(ids) == "user\nThe fog<|im_end|>\nassistant\n"
-    text = "The <|im_end|> fog</s> is"
-    assert tokenizer.decode(tokenizer.encode(text)) == "The <|im_end|> fog is"
-    assert tokenizer.decode([501, *tokenizer.encode("The fog")]) == "<|im_end|> The fog"
-    change(settings, eos_token="<|im_end|>")        # has a role: is special
-    assert Tokenizer(llama).decode(ids) == "user\nThe fog\nassistant\n"
-
-
-def test_the_longest_added_token_wins(llama):
+def test_of_added_tokens_beyond_the_vocabulary_the_longest_wins(llama):
     change(llama / "added_tokens.json", **{"": 499, "<m>": 500, "<m><m>": 501})
     assert Tokenizer(llama).encode("<m><m><m>", bos=False) == [501, 500]
+    assert Tokenizer(llama).pieces([501, 5]) == ["<m><m>", "\2"]
 
 
-def test_add_prefix_space_false_puts_no_space_in_front(llama):
-    change(llama / "tokenizer_config.json", add_prefix_space=False)
-    tokenizer = Tokenizer(llama)
-    said = pieces(tokenizer, "The fog</s>The", bos=False)
-    assert said[:2] == said[-2:] == ["T", "he"]
-    for text in PLAIN:
-        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+@needs("tokenizers")
+def test_add_prefix_space_false_puts_no_space_in_front(tmp_path, monkeypatch):
+    change(write(tmp_path, "Llama-2") / "tokenizer_config.json", add_prefix_space=False)
+    for tokenizer in readers(tmp_path, monkeypatch):
+        said = pieces(tokenizer, "The fog</s>The", bos=False)
+        assert said[:2] == said[-2:] == ["T", "he"]
+        same_as_transformers(tokenizer, TEXTS)
+        for text in ["  x = 1", *PLAIN, *LANGUAGES]:
+            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
 
 
 def test_pieces_for_use_in_texts_are_found_by_sentencepiece(llama):
     model = trained(user=("<tool>",))
     (llama / "tokenizer.model").write_bytes(model)
-    ids = sentencepiece.SentencePieceProcessor(model_proto=model).encode("The<tool>fog <tool> is")
-    tokenizer = Tokenizer(llama)
-    assert tokenizer.encode("The<tool>fog <tool> is", bos=False) == ids
-    assert tokenizer.decode(ids) == "The<tool>fog <tool> is"
+    text, tokenizer = "The<tool>fog <tool> is", Tokenizer(llama)
+    ids = sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
+    assert tokenizer.encode(text, bos=False) == ids
+    assert tokenizer.decode(ids) == text
 
 
 @needs("tokenizers")
@@ -321,21 +338,20 @@ def test_files_that_put_no_space_in_front_are_believed(tmp_path, monkeypatch):
     model = trained(dummy=False)
     (write(tmp_path, "Llama-2") / "tokenizer.model").write_bytes(model)
     converted(model, "never").save(str(tmp_path / "tokenizer.json"))
-    fast, slow = Tokenizer(tmp_path), without_package(tmp_path, monkeypatch)
+    fast, slow = readers(tmp_path, monkeypatch)
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     for text in PLAIN:
         ids = sp.encode(text)
         assert fast.encode(text, bos=False) == slow.encode(text, bos=False) == ids
         assert slow.decode(ids) == text.replace("▁", " ")
+    with pytest.raises(AssertionError):
+        same_as_transformers(fast, PLAIN)
 
 
 def test_ids_of_the_toy_are_those_of_its_tokenizer_model():
     sp = sentencepiece.SentencePieceProcessor(model_file=str(TOY / "tokenizer.model"))
-    tokenizer = Tokenizer("toy")
-    for line in (TOY / "train.jsonl").read_text().splitlines():
-        text = json.loads(line)["instruction"]
-        assert tokenizer.encode(text) == [1, *sp.encode(text)]
-        assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+    assert Tokenizer("toy").encode(ENGLISH) == [1, *sp.encode(ENGLISH)]
+    assert Tokenizer("toy").decode(sp.encode(ENGLISH)) == ENGLISH
 
 
 # ------------------------------------------------------------------------------------ begin and end
@@ -359,13 +375,9 @@ def test_what_begins_a_text_and_stands_for_an_empty_one(new, settings, first, pr
 @needs("tokenizers")
 @pytest.mark.parametrize("kind, begin", [("Llama-2", "<s>"), ("Llama-3", "<|begin_of_text|>")])
 def test_a_text_that_begins_itself_gets_no_second_begin_token(kind, begin, tmp_path, monkeypatch):
-    tokenizers = [Tokenizer(write(tmp_path, kind))]
-    if kind == "Llama-2":
-        tokenizers.append(without_package(tmp_path, monkeypatch))
-    for tokenizer in tokenizers:
+    for tokenizer in readers(write(tmp_path, kind), monkeypatch):
         first = [tokenizer.prefix]
         assert tokenizer.encode(begin) == tokenizer.encode("") == first
-        assert tokenizer.encode(begin + " The")[:2] != 2 * first
         assert tokenizer.encode(f"{begin}The{begin}").count(*first) == 2
         assert tokenizer.encode(begin * 2, bos=False) == 2 * first
 
@@ -389,7 +401,7 @@ def test_texts_and_ids_that_a_model_cannot_take(llama):
     tokenizer = Tokenizer(llama)
     ids = tokenizer.encode(WORDS)
     assert tokenizer.decode([550, *ids, 599]) == WORDS
-    assert tokenizer.piece(599) == ""
+    assert tokenizer.pieces([599]) == [""]
     with pytest.raises(ValueError, match="half a character"):
         tokenizer.encode("The \ud83d")
     change(llama / "added_tokens.json", **{"<pad>": 600})
@@ -406,8 +418,14 @@ DAMAGED = [     # a file, what it holds, what the one line says
     ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
     ("added_tokens.json", '{"<a>": "x"}', LIST),
     *(("tokenizer_config.json", f'{{"added_tokens_decoder": {tokens}}}', LIST) for tokens in
-      ('["x"]', '{"x": {"content": "a"}}', '{"5": "a"}', '{"5": {}}', '{"5": {"content": 1}}')),
+      ('["x"]', '{"x": {"content": "a"}}', '{"5": "a"}', '{"5": {}}', '{"5": {"content": 1}}',
+       '{"5": {"content": null}}')),
     ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer file"),
+    # the package panics
+    ("tokenizer.json", """{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+     "added_tokens": [], "post_processor": {"type": "TemplateProcessing", "pair": [],
+     "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "special_tokens": {}}}""",
+     "tokenizer.json: not a tokenizer file"),
 ]
 
 
@@ -441,5 +459,4 @@ def test_smollm2_tokenizer():
     same_as_transformers(tokenizer, TEXTS)
     for text in [*PLAIN, "x = 12345 + 6.75\n\n\n\tfoo()\r\n"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert pieces(tokenizer, "In 2045 days") == ["In", " ", "2", "0", "4", "5", " days"]
     assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>") == [1, 4093, 198, 26843, 2]
