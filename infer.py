@@ -27,22 +27,15 @@ from support.files import need
 from support.weights import compile_blocks
 
 
-class Said(NamedTuple):
-    """An answer."""
+class Generation(NamedTuple):
+    """What was said after a prompt, or after a question: then without trace, counts and caches."""
     tokens: list                    # the new token ids, an eos included
     ended: bool                     # whether an eos came
-    first_s: float                  # until the first new token is known
-    decode_s: float                 # per further token, the median
-
-
-class Generation(NamedTuple):
-    tokens: list                    # as of Said
-    ended: bool
-    trace: list                     # prune.Stage of every stage
-    counts: list                    # prompt tokens that entered each block
-    caches: list                    # as the last token left them
     prefill_s: float                # until the first new token is known
-    decode_s: float
+    decode_s: float                 # per further token, the median
+    trace: list = ()                # prune.Stage of every stage
+    counts: list = ()               # prompt tokens that entered each block
+    caches: list = ()               # as the last token left them
 
 
 def greedy(logits):
@@ -75,12 +68,13 @@ def decode(model, logits, caches, N, pick=greedy):
 @torch.no_grad()
 def ask(model, question, start, caches, max_new_tokens, logits=None, pick=greedy, eos=None,
         stop=None):
-    """Answer a question (1, n), which stands from position `start` on, on a prompt's caches -> Said.
+    """Answer a question (1, n), which stands from position `start` on, on a prompt's caches.
 
     The caches need room for question and answer. They are set back: the next question finds them as
     this one did. Without a question (n = 0) the answer follows from the prompt's logits (1, V), and
-    the caches stay as the last token left them. pick: greedy, or sampler(temperature). eos: the token ids that end the text (default: the
-    model's). stop(tokens): whether it ends for other reasons.
+    the caches stay as the last token left them. pick: greedy, or sampler(temperature). eos: the
+    token ids that end the text (default: the model's). stop(tokens): whether it ends for other
+    reasons. -> a Generation.
     """
     eos = model.config.eos if eos is None else eos
     new, times = [], [runs.clock(model.device)]
@@ -97,7 +91,7 @@ def ask(model, question, start, caches, max_new_tokens, logits=None, pick=greedy
         for cache, n in zip(caches, held):
             cache.n = n
     first_s, *further = [after - before for before, after in pairwise(times)]
-    return Said(new, new[-1] in eos, first_s, statistics.median(further or [0.0]))
+    return Generation(new, new[-1] in eos, first_s, statistics.median(further or [0.0]))
 
 
 @torch.no_grad()
@@ -116,8 +110,8 @@ def generate(model, tokens, max_new_tokens, schedule=UNPRUNED, scorer=None, cach
     check(trace)
     prefill_s = runs.clock(model.device) - begin
     said = ask(model, tokens[:, :0], N, caches, max_new_tokens, logits, **how)
-    return Generation(said.tokens, said.ended, trace, schedule.counts(N, len(caches)), caches,
-                      prefill_s + said.first_s, said.decode_s)
+    return said._replace(prefill_s=prefill_s + said.prefill_s, trace=trace, caches=caches,
+                         counts=schedule.counts(N, len(caches)))
 
 
 def compare(model, tokens, arms, new, repeats, progress, predictors=None, times=None, **how):
@@ -147,9 +141,9 @@ def bench(model, arms, sizes, new, repeats, progress, predictors=None):
 
 @torch.no_grad()
 def answer(args, prompt, model, arms, new, progress, predictors):
-    """Each arm reads a support.options.Prompt once and answers its questions, then they are timed.
+    """Each arm reads a support.options.Prompt once and answers its questions, then both are timed.
 
-    -> a dict.
+    Questions are printed with their answers, as these come. -> a dict.
     """
     tokens = torch.tensor([prompt.ids], device=model.device)
     N, longest = len(prompt.ids), max(len(question.ids) for question in prompt.questions)
@@ -169,7 +163,9 @@ def answer(args, prompt, model, arms, new, progress, predictors):
         times[name] = [(prefill_s, said.decode_s)]
         read[name] = {"answers": answers, "counts": arm[0].counts(N, len(caches)),
                       "total_s": runs.clock(model.device) - begin}
-    if args.repeats or times["full"][0][0] < 2:
+    slow = times["full"][0][0] > 2
+    show.hint(model, slow)
+    if args.repeats or not slow:
         times = None                # else the very passes that answered count
     row = compare(model, tokens, arms, 8, args.repeats or 5, progress, predictors, times, pick=pick)
     fixed = protected(torch.arange(N), N, arms["sdtp"][0]).tolist()
@@ -189,11 +185,10 @@ def main():
         schedule = schedule.leaving(args.left, sizes[0], len(model.blocks))
     scorer = processes.agreed(predictor_scorer(predictors))         # with --tp: the first decides
     arms = {"full": (UNPRUNED, None), "sdtp": (schedule, scorer)}
-    longest = max(sizes if args.bench else [len(prompt.ids) + len(q.ids) for q in prompt.questions])
-    new = options.fitting(args, model.config.max_positions, longest)
+    new = options.fitting(args, model.config.max_positions, prompt)
     progress = runs.Progress(quiet=args.quiet)
     if args.bench:
-        rows = bench(model, arms, args.bench, new, args.repeats or 5, progress, predictors)
+        rows = bench(model, arms, sizes, new, args.repeats or 5, progress, predictors)
         result = {"bench": show.bench(model, rows, new)}
     else:
         result = answer(args, prompt, model, arms, new, progress, predictors)

@@ -395,7 +395,7 @@ USED_BY = {     # what shapes each task
 
 def quality_options():
     parser = options.command_parser(__doc__)
-    options.add_pruning_options(parser)
+    options.add_pruning_options(parser, options.tokens_or_question)
     options.add_data_options(parser, limit=100)
     parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
                         default="nll", help="see above")
@@ -417,6 +417,7 @@ def quality_options():
     args, idle = parser.parse_args(), set(" ".join(USED_BY.values()).split())
     idle -= set(USED_BY[args.task].split())
     options.refuse_idle(parser, args, f"with --task {args.task}", " ".join(idle))
+    need(args.sink != "question" or args.task == "nll", "--sink question is for --task nll")
     return args
 
 
@@ -425,6 +426,7 @@ def read_items(args, tokenizer, chat):
     limits, data = (args.min_prompt, args.max_prompt, args.max_response), args.data
     if args.task == "nll":
         rows = options.rows_from(args, tokenizer, chat, args.split)
+        args.sink = None if args.sink == "question" else args.sink      # each row has its own
         return [tasks.as_item(*row) for row in rows]
     if args.task == "text":
         return tasks.text_items(tokenizer, data, *limits[1:], args.limit)

@@ -103,7 +103,7 @@ class Transformers(Engine):
 
 
 class LlamaCpp(Engine):
-    """llama.cpp, by the package llama-cpp-python, with a GGUF file and room for `longest` tokens."""
+    """llama.cpp, by the package llama-cpp-python: a GGUF file, and room for `longest` tokens."""
 
     def __init__(self, model, file, longest):
         super().__init__(model)
@@ -161,10 +161,10 @@ def engines(args, model):
              "--vs: expected transformers, or llama.cpp and a GGUF file of this checkpoint")
         longest, folder = max(args.lengths) + args.max_new_tokens, Path("out", "gguf")
         folder.mkdir(parents=True, exist_ok=True)
-        found = {f"llama.cpp {kind}": LlamaCpp(model, retyped(
+        found = {f"llamacpp_{kind}": LlamaCpp(model, retyped(
             args.vs[1], kind, folder / f"{Path(args.vs[1]).stem}-{kind}.gguf"), longest)
             for kind in ("F32", "BF16", "Q8_0")}
-        print(f"llama.cpp: {found['llama.cpp F32'].build()}", flush=True)
+        print(f"llama.cpp: {found['llamacpp_F32'].build()}", flush=True)
     return {name: (engine, UNPRUNED, None, their_caches) for name, engine in found.items()}
 
 

@@ -83,22 +83,23 @@ SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
     "step": (int, "blocks between stages", 3),
     "stages": (int, "number of stages", 10),
     "keep": (float, "stage s keeps keep^s of the prompt", 0.9),
-    "sink": (tokens_or_question, "first tokens always kept; question: up to the end of a question "
-             "that stands first. It promises that the question is seen, and costs quality", 4),
+    "sink": (int, "first tokens always kept; in infer.py and lab.quality also question: all of a "
+             "question that stands first, which is a promise, not a gain (docs/results.md)", 4),
     "local": (float, "share of last tokens always kept", 0.1),
 }
 
 
-def add_schedule_options(parser):
-    """The options of a prune.Schedule."""
+def add_schedule_options(parser, sink=int):
+    """The options of a prune.Schedule; sink: the type of --sink."""
     for name, (kind, meaning, paper) in SCHEDULE_HELP.items():
+        kind = sink if name == "sink" else kind
         parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (paper, 32 blocks: {paper})")
 
 
 def schedule_options(args):
     """The fields of a Schedule that were given on the command line, a dict."""
     given = {name: getattr(args, name, None) for name in SCHEDULE_HELP}
-    return {name: value for name, value in given.items() if value not in (None, "question")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_model_options(parser):
@@ -136,12 +137,12 @@ def add_data_options(parser, limit, max_response=96):
     parser.add_argument("--limit", type=at_least(1), default=limit, help="at most this many rows")
 
 
-def add_pruning_options(parser):
+def add_pruning_options(parser, sink=int):
     """Which model prunes by what; prune.load_pruning reads them."""
     add_model_options(parser)
     parser.add_argument("--predictors", help="predictors, a file or its folder (default: those "
                         "trained here, out/NAME, else those in the checkpoint directory)")
-    add_schedule_options(parser)
+    add_schedule_options(parser, sink)
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -277,7 +278,7 @@ def recipe_options(args, n_rows):
 
 def infer_options(doc):
     parser = command_parser(doc)
-    add_pruning_options(parser)
+    add_pruning_options(parser, tokens_or_question)
     parser.add_argument("--prompt", help="the user's text (default: a page of the checkpoint, or "
                         "of ours, with questions about it)")
     parser.add_argument("--prompt-file", help="the user's text, from a file; - reads stdin")
@@ -309,8 +310,10 @@ def infer_options(doc):
     need(args.bench or not args.ckpt.startswith("random:"),
          "random weights have nothing to say: use --bench")
     if args.bench:
+        need(args.sink != "question", "--sink question is for a question, not for --bench")
         refuse_idle(parser, args, "with --bench, which reads random tokens greedily",
-                    "prompt prompt_file data row ask question template system temperature seed html")
+                    "prompt prompt_file data row ask question template system temperature seed "
+                    "html")
     elif not args.data:
         refuse_idle(parser, args, "without --data", "row")
     if args.left is not None:
@@ -430,10 +433,11 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
-def fitting(args, limit, longest):
+def fitting(args, limit, prompt):
     """How many new tokens: those asked for, else as many as usual that fit behind the longest."""
-    usual = 128 if args.bench else 48
-    return args.max_new_tokens or max(1, min(usual, limit - longest + 1))
+    asked = [len(prompt.ids) + len(question.ids) for question in prompt.questions] if prompt else []
+    longest = max(asked or args.bench)
+    return args.max_new_tokens or max(1, min(48 if prompt else 128, limit - longest + 1))
 
 
 def rows_from(args, tokenizer, chat, split, limit=None):

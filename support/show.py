@@ -74,6 +74,15 @@ def arms(prompt, read, trace, row, fixed, html=None):
     return result
 
 
+def hint(model, slow):
+    """Say that a slow run in fp32 is on a processor that multiplies bfloat16."""
+    flags = Path("/proc/cpuinfo")
+    fp32 = model.device.type == "cpu" and model.dtype == torch.float32
+    if slow and fp32 and flags.exists() and re.search("avx512_bf16|amx_bf16", flags.read_text()):
+        print("\nthis processor has bfloat16: --dtype bfloat16 reads a prompt faster, in half the "
+              "memory")
+
+
 def noise(row):
     """What is to be said of times that other work on this machine has changed."""
     spread = max(row[name]["prefill_spread_s"][1] / row[name]["prefill_spread_s"][0]

@@ -135,6 +135,7 @@ WRONG = {       # what is wrong: the command, what its line says (a part of it)
     "a page that cannot be written": (f"{INFER} --html empty.txt/page.html",
                                       "empty.txt/page.html: cannot be written"),
     "a device that is not there": (f"{INFER} --device warp", "device 'warp' is not available here"),
+    "a figure on it": ("python saliency.py --device warp", "device 'warp' is not available here"),
     "one process alone": (f"{INFER} --tp", "--tp and torchrun"),
 }
 

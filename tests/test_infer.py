@@ -74,7 +74,7 @@ def test_questions_are_answered_on_caches_as_if_each_were_the_only_one(tokens):
             found = [ask(model, question, 48, caches, 8, eos=()) for question in questions]
             assert [each.tokens for each in found] == wanted
             assert [cache.n for cache in caches] == held
-    assert len(set(map(tuple, wanted))) == 3 and found[0].first_s > 0 < found[0].decode_s
+    assert len(set(map(tuple, wanted))) == 3 and found[0].prefill_s > 0 < found[0].decode_s
 
 
 def test_generation_stops_at_an_end_or_where_it_is_told(tiny, tokens, said):
@@ -259,7 +259,8 @@ def test_how_much_is_left_in_the_users_terms(left, kept, run):
 def test_a_question_that_is_kept_whole(run):
     """The toy's is dropped otherwise: it stands far from the end."""
     words = "--ask", "Anna sells maps.", "--prompt", "The fog moved. " * 40, "--max-new-tokens", 1
-    plain, kept = (run(*COMMITTED, *words, "--repeats", 1, "--left", 30, "--question", "first", *more)
+    words += "--repeats", 1, "--left", 30, "--question", "first"
+    plain, kept = (run(*COMMITTED, *words, *more)
                    for more in ((), ("--sink", "question")))
     assert any(plain["stage_of"][4:6]) and not any(kept["stage_of"][:6])
     assert kept["schedule"]["sink"] == 6
@@ -302,6 +303,7 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--left", 0), "expected a share, or a whole number of tokens"),
     (("--left", 50, "--keep", 0.5), "--keep does nothing beside --left"),
     (("--sink", "question"), "--sink question is for a question that stands first"),
+    (("--sink", "question", "--bench", 64), "--sink question is for a question, not for --bench"),
     (("--tp",), "--tp and torchrun"),
 ]
 

@@ -294,6 +294,8 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--data", "none.jsonl"), "no such data file"),
     (("--lengths", 100), "--lengths does nothing with --task nll: leave it out"),
+    (("--task", "lambada", "--sink", "question"), "--sink question is for --task nll"),
+    (("--sink", "x"), "invalid tokens_or_question value: 'x'"),
     (("--task", "lambada", "--min-prompt", 5), "--min-prompt does nothing with --task lambada"),
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),

@@ -1,5 +1,6 @@
-"""lab/speed.py: the arms of `infer.py --bench` beside the device's ceilings and transformers."""
+"""lab/speed.py: the arms of `infer.py --bench` beside the device's ceilings and other engines."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from conftest import SCHEDULE, command, needs, predictors_for, tiny_model
 from infer import generate
 from lab import speed
-from lab.speed import Transformers, measure, their_caches
+from lab.speed import Transformers, engines, measure, retyped, their_caches
 from prune import UNPRUNED, flops, predictor_scorer, prefill
 from support.runs import Progress, random_prompt
 from support.weights import hf_name
@@ -111,6 +112,46 @@ def test_transformers_runs_on_the_same_weights(kind, changes):
     ours = generate(model, TOKENS, 12, eos=()).tokens
     for _ in range(2):              # the second finds no caches of the first
         assert generate(other, TOKENS, 12, *arm, eos=()).tokens == ours
+
+
+# -------------------------------------------------------------------------------------- llama.cpp
+
+
+@pytest.mark.parametrize("kind, error", [("F32", 0), ("BF16", 2**-8), ("Q8_0", 2**-6)])
+def test_a_gguf_file_in_another_type_holds_the_same(kind, error, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from test_convert import draw, write
+    first = write(tmp_path / "m.gguf", draw(), "llama", "Q4_0")
+    old, new = map(gguf.GGUFReader, (first, retyped(first, kind, tmp_path / "again.gguf")))
+    told, again = ({name: field.contents() for name, field in file.fields.items()
+                    if not name.startswith("GGUF.")} for file in (old, new))
+    assert told == again
+    for a, b in zip(old.tensors, new.tensors, strict=True):
+        want, found = (gguf.dequantize(t.data, t.tensor_type) for t in (a, b))
+        assert a.name == b.name and abs(want - found).max() <= error * abs(want).max()
+        assert b.tensor_type.name == (kind if want.ndim > 1 else "F32")
+
+
+@needs("llama_cpp")
+def test_llama_cpp_says_the_same(tmp_path):
+    from test_convert import draw, write
+    model = draw(n_blocks=4)
+    args = SimpleNamespace(vs=["llama.cpp", str(write(tmp_path / "m.gguf", model))], lengths=[40],
+                           max_new_tokens=12)
+    arms = engines(args, model)
+    assert list(arms) == ["llamacpp_F32", "llamacpp_BF16", "llamacpp_Q8_0"]
+    ours = generate(model, TOKENS, 12, eos=()).tokens
+    for _ in range(2):              # the second finds no caches of the first
+        assert generate(arms["llamacpp_F32"][0], TOKENS, 12, *arms["llamacpp_F32"][1:],
+                        eos=()).tokens == ours
+    row = row_of({**arms_of(model), **arms}, new=2)
+    assert row["vs"]["llamacpp_F32"]["logits_differ_by"] < 0.01
+
+
+def test_an_engine_that_nobody_knows_is_refused(leaves):
+    for words in (("vllm",), ("llama.cpp",), ("llama.cpp", "a", "b")):
+        ended = leaves("lab/speed.py", "--lengths", 32, "--vs", *words)
+        assert "--vs: expected transformers, or llama.cpp and a GGUF file" in ended
 
 
 # ------------------------------------------------------------------------------------- the command
