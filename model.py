@@ -23,8 +23,8 @@ from torch import nn
 from support.config import slowed
 from support.files import need
 from support.tokenizer import Tokenizer  # noqa: F401
-from support.weights import (Linear, choose_device, describe, fill_randomly, linear, read_whole,
-                             tensors)
+from support.weights import (Linear, choose_device, describe_weights, fill_randomly, linear,
+                             read_whole, tensors)
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def load(path, dtype=None, device=None, split=None):
     device = choose_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    root, fields = describe(path)
+    root, fields = describe_weights(path)
     with torch.device("meta"):      # shapes without memory: each tensor is put in place when read
         model = Llama(Config(**fields))
     read = split(model) if split else read_whole    # split divides the model, returns its reader

@@ -6,8 +6,7 @@
     python checkpoints/convert.py FILE.gguf --out checkpoints/NAME
 
 Llama, Mistral, Qwen2 and Qwen3 are converted. Metadata that may change what the model computes, and
-that are not known here, are refused by name: sliding windows, experts, linear and yarn scaling of
-positions.
+that are not known here, are refused by name: sliding windows, experts, yarn scaling of positions.
 
 The three names are pretrained models (Apache-2.0) whose GGUF files lie in packages of a package
 index, so they need neither an account nor the Hub. Those of Qwen2.5-Coder-Instruct were cut into
@@ -63,9 +62,14 @@ SIZES = {
     "embedding_length": "dim", "block_count": "n_blocks", "attention.head_count": "n_heads",
     "attention.head_count_kv": "n_kv_heads", "attention.key_length": "head_dim",
     "feed_forward_length": "ffn", "vocab_size": "vocab", "context_length": "max_positions",
-    "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps"}
-# Others may be there if they change nothing.
-NEUTRAL = {"expert_count": 0, "expert_used_count": 0}
+    "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps",
+    "rope.scale_linear": "rope_linear", "rope.scaling.factor": "rope_linear"}   # old name, new one
+# Others may be there if they change nothing. Without a type llama.cpp, too, scales linearly.
+NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "linear"}
+# Tokens of these texts end an answer, whatever else a file says: llama.cpp's list, but for what
+# stands in no vocabulary of these families, and for fill-in-the-middle's separators.
+ENDS = ("<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
+        "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>").split()
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}     # all other types become fp16
 # How byte-level BPE cuts a text into words before it asks its merges. A GGUF has only a name for
 # that, tokenizer.ggml.pre; these are the rules in the models' own tokenizer.json.
@@ -108,6 +112,7 @@ def read_config(fields, family, tensors):
 
     Four tokens end a text: the end of a text, of a turn, of a message, and padding, which stands
     only where a text has ended. (The makers of Qwen name two ends; one is the padding in a GGUF.)
+    Early files name the first alone: all of ENDS end one, too.
     """
     given = {name.removeprefix(f"{family}."): value for name, value in fields.items()
              if name.startswith(f"{family}.")}
@@ -118,16 +123,19 @@ def read_config(fields, family, tensors):
         ("attention.value_length", "rope.dimension_count"), sizes["head_dim"])
     for name in given.keys() - SIZES.keys():
         need(given[name] == neutral.get(name), f"{name} = {given[name]!r:.60} is not supported")
-    sizes["vocab"] = len(fields["tokenizer.ggml.tokens"])
+    sizes["max_positions"] = int(sizes["max_positions"] * (sizes.get("rope_linear") or 1))
+    tokens = fields["tokenizer.ggml.tokens"]
+    sizes["vocab"] = len(tokens)
     sizes["norm_eps"] = float(f"{sizes['norm_eps']:.6g}")       # in fp32 1e-5 is 9.99999975e-06
-    ends = dict.fromkeys(fields.get(f"tokenizer.ggml.{role}_token_id")
-                         for role in ("eos", "eot", "eom", "padding"))
+    ends = [fields.get(f"tokenizer.ggml.{role}_token_id")
+            for role in ("eos", "eot", "eom", "padding")]
+    ends += [i for i, text in enumerate(tokens) if text in ENDS]
     return Config(
         **sizes, rope_llama3=read_rope(tensors, sizes), tied="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors, o_bias="blk.0.attn_output.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         bos=fields.get("tokenizer.ggml.bos_token_id"),
-        eos=tuple(i for i in ends if i is not None))
+        eos=tuple(i for i in dict.fromkeys(ends) if i is not None))
 
 
 def read_rope(tensors, sizes):
@@ -143,7 +151,8 @@ def read_rope(tensors, sizes):
     given = torch.tensor(stored.data)
     llama3 = given.max().item(), 1.0, 4.0, 8192.0
     freq = sizes["rope_theta"] ** -(torch.arange(0, sizes["head_dim"], 2) / sizes["head_dim"])
-    need(torch.allclose(given, freq / slowed(freq, llama3), rtol=1e-4),
+    need(torch.allclose(given, freq / slowed(freq, llama3), rtol=1e-4)
+         and not sizes.get("rope_linear"),
          "rope_freqs.weight is not what Llama 3.1's rule gives")
     return llama3
 

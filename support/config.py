@@ -10,8 +10,10 @@ from support.files import need, read_json, read_object
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ORIGINAL = "original_max_position_embeddings"
-# A model that sets one of these otherwise computes something that Block does not.
-PLAIN = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+# A model that sets one of these otherwise computes something that Block does not: attention in
+# both directions (so does null there) or in chunks, blocks that differ, another file's weights.
+PLAIN = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "is_causal": True,
+         "attention_chunk_size": None, "per_layer_config": None, "transformers_weights": None}
 # What a config.json may leave out, as transformers' configuration classes have it. The sizes that
 # the weights take their shapes from have to be there: a default would be those of another model.
 QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096,
@@ -52,10 +54,9 @@ def read_config(path):
     need(isinstance(family, str) and family in FAMILIES,
          f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
     raw = DEFAULTS[family] | raw
-    plain = PLAIN | ({"mlp_bias": False} if family == "llama" else {})
-    for name, known in plain.items():
-        value = raw.get(name)
-        need(value is None or value == known, f"{path}: {name} = {value!r} is not supported")
+    for name, known in PLAIN.items():
+        value = raw.get(name, known)
+        need(value == known, f"{path}: {name} = {value!r:.60} is not supported")
     biased = family in ("llama", "qwen3") and switch(path, raw, "attention_bias")
     shape = read_shape(path, raw)
     return {**shape, **read_rope(path, raw, shape["max_positions"]), **read_ends(path, raw),
@@ -64,7 +65,7 @@ def read_config(path):
             "o_bias": biased,
             "qk_norm": family == "qwen3",
             "norm_eps": positive(path, raw, "rms_norm_eps", 1e-6),
-            "window": None if family == "llama" else read_window(path, raw)}
+            "window": read_window(path, raw)}
 
 
 def read_shape(path, raw):
@@ -93,9 +94,12 @@ def read_rope(path, raw, limit):
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "linear", "llama3"),
          f"{path}: rope type {kind!r} is not supported (default, linear, llama3)")
-    need(rope.get("partial_rotary_factor", 1.0) == 1.0,
-         f"{path}: partial_rotary_factor is not supported")
-    found = {"rope_theta": positive(path, {**raw, **rope}, "rope_theta", 10000.0)}
+    need(not {"full_attention", "sliding_attention"} & rope.keys(),
+         f"{path}: rope_parameters of their own for each kind of block are not supported")
+    beside = {**raw, **rope}                    # inside the rope settings they count first
+    need(beside.get("partial_rotary_factor") in (None, 1.0),
+         f"{path}: partial_rotary_factor other than 1 is not supported")
+    found = {"rope_theta": positive(path, beside, "rope_theta", 10000.0)}
     if kind == "linear":
         factor = positive(path, rope, "factor")
         found |= {"rope_linear": factor, "max_positions": max(limit, int(factor * limit))}
@@ -110,29 +114,35 @@ def read_rope(path, raw, limit):
 
 
 def read_window(path, raw):
-    """The sliding window that all blocks of a Mistral or Qwen have; None where no block has one.
+    """The sliding window that all blocks have; None where no block has one.
 
     Mistral's first version has one without saying so; a Qwen has one only where it says so, in
-    the blocks from max_window_layers on. layer_types names the kind of every block instead.
+    the blocks from max_window_layers on. layer_types names the kind of every block instead. In a
+    Llama a window would slide in transformers' cache and not in its attention: whatever would
+    forget a token is refused.
     """
     window, blocks, first = raw.get("sliding_window"), raw["num_hidden_layers"], 0
     need(window is None or type(window) is int and window > 0,
-         f"{path}: sliding_window is {window!r}")
-    if raw["model_type"] in ("qwen2", "qwen3"):
+         f"{path}: sliding_window is {window!r:.60}")
+    family = raw["model_type"]
+    if family in ("qwen2", "qwen3"):
         window = window if switch(path, raw, "use_sliding_window") else None
         first = raw["max_window_layers"]
-        need(type(first) is int, f"{path}: max_window_layers is {first!r}")
+        need(type(first) is int, f"{path}: max_window_layers is {first!r:.60}")
     full, sliding = "full_attention", "sliding_attention"
     kinds = raw.get("layer_types")
     if kinds is None:
-        kinds = [full if block < first else sliding for block in range(blocks)]
-    need(isinstance(kinds, list) and len(kinds) == blocks
-         and all(kind in (full, sliding) for kind in kinds),
+        kinds = [sliding if window and block >= first else full for block in range(blocks)]
+    need(isinstance(kinds, list)
+         and len(kinds) == blocks == kinds.count(full) + kinds.count(sliding),
          f"{path}: layer_types is not a list of {blocks} times {full!r} or {sliding!r}")
-    if window is None or sliding not in kinds:
+    if sliding not in kinds:
         return None
-    need(full not in kinds, f"{path}: a sliding window in {kinds.count(sliding)} of {blocks} "
-                            "blocks is not supported (in all or none)")
+    need(window and family != "llama",
+         f"{path}: sliding_window = {window} is not supported in a {family} of blocks that are "
+         f"{sliding!r} (null, where no window is meant)")
+    need(full not in kinds, f"{path}: sliding_window in {kinds.count(sliding)} of {blocks} blocks "
+                            "is not supported (in all or none)")
     return window
 
 

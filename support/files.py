@@ -57,9 +57,9 @@ def open_tensors(path, device="cpu"):
     try:
         with Path(path).open("rb") as file:
             start = file.read(32)
-        other = others.get(start[:4], f"a web page, half a download or the like, which begins "
-                                      f"with {start!r}: get it again")
-        need(start[8:9] == b"{", f"{path}: not a safetensors file but {other}")
+        need(start[8:9] == b"{", f"{path}: not a safetensors file but " + others.get(
+            start[:4], f"a web page, half a download or the like, which begins with {start!r}: "
+                       "get it again"))
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as e:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.config import SHAPES, read_config
-from support.files import need, open_tensors, read_json
+from support.files import need, open_tensors, read_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "checkpoints"
@@ -42,8 +42,7 @@ def choose_device(device=None):
 
 def shape_of(name):
     """The fields of model.Config: of a shape in SHAPES, or of a checkpoint directory."""
-    name = str(name).removeprefix("random:")
-    return SHAPES[name] if name in SHAPES else describe(name)[1]
+    return SHAPES.get(str(name).removeprefix("random:")) or describe(name)[1]
 
 
 # --------------------------------------------------------------------------------- where they lie
@@ -77,7 +76,7 @@ def find(path):
 def places(text):
     """Where a checkpoint of this name may lie, the first that counts first."""
     here, ours = Path(text), CHECKPOINTS / text
-    bare = here.name == text and text not in ("", ".", "..")
+    bare = here.name == text and text not in ("", "..")
     return ([ours, here] if bare else [here, ours]) + snapshots("models", text)
 
 
@@ -119,8 +118,20 @@ def absent(text):
 
 
 def check_safe(root):
-    """Refuse a directory whose weights are in files alone that Python would have to unpickle."""
-    pickled = [file.name for kind in ("*.bin", "*.pth", "*.pt") for file in root.glob(kind)]
+    """Refuse links that lead nowhere, an adapter, and pickled weights alone.
+
+    The Hub's cache holds links, whose files may have gone away. An adapter (LoRA) is a change of
+    another model's weights; transformers would apply it. Pickled weights may run any code.
+    """
+    lost = [file.name for kind in ("*.json", "*.safetensors") for file in root.glob(kind)
+            if not file.exists()]
+    need(not lost, f"{root}: {listed(lost)}: a link to a file that is not there (any more): get "
+                   "the checkpoint again, or copy it with what its links lead to (cp -L)")
+    adapter = read_object(root / "adapter_config.json")
+    need(not adapter, f"{root} holds an adapter (LoRA) for {adapter.get('base_model_name_or_path')}"
+                      ": merge it into that model first (PEFT's merge_and_unload, then "
+                      "save_pretrained to another directory)")
+    pickled = [file.name for kind in ("*.bin", "*.pt*") for file in root.glob(kind)]
     need(not pickled or any(root.glob("*.safetensors")),
          f"{root} holds {listed(pickled)} and no safetensors: pickled weights may run any code "
          "when they are read, so get them as safetensors")
@@ -132,10 +143,10 @@ def check_safe(root):
 def shards(root):
     """The safetensors files of a checkpoint -> (files, the file that messages about all name)."""
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
+    check_safe(root)
     if single.is_file():
         return [single], single
     if not index.is_file():
-        check_safe(root)
         some = sorted(file.name for file in root.glob("*.safetensors"))
         raise ValueError(f"{root}: {'only ' + listed(some) if some else 'no weights'}, neither "
                          f"{single.name} nor {index.name}: get the whole checkpoint")
@@ -145,7 +156,7 @@ def shards(root):
          f"{index}: no weight_map of tensor names to files")
     names = sorted(set(placed.values()))
     for name in names:              # a path could lead anywhere on this disk
-        need(Path(name).name == name and name not in ("", ".", ".."),
+        need(Path(name).name == name and name not in ("", ".."),
              f"{index}: shard {name!r} is not a plain file name inside {root}")
     missing = [name for name in names if not (root / name).is_file()]
     need(not missing, f"{index}: of {len(names)} shards {len(missing)} are missing: "
@@ -158,28 +169,51 @@ def listed(names, most=3):
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def describe_weights(path):
+    """As describe, but `tied` is what the weights are, as transformers decides.
+
+    A head that is stored beside the embedding and differs from it is kept, whatever config.json
+    says, and one line says so. The two are read only where both are there.
+    """
+    root, fields = describe(path)
+    found = []
+    for path in shards(root)[0] if root and fields["tied"] else []:
+        with open_tensors(path) as file:
+            found += [file.get_slice(name) for name in file.keys() if name in (EMBED, HEAD)]
+    if len(found) == 2 and not torch.equal(*(stored[:].float() for stored in found)):
+        print(f"{root}: config.json ties the output head to the embedding, and {HEAD} is another "
+              "matrix: it is used as the head", flush=True)
+        fields = {**fields, "tied": False}
+    return root, fields
+
+
 def tensors(root, parameters, tied=False, device="cpu"):
     """All tensors of a checkpoint, one at a time, checked; model.load puts them in place.
 
     parameters: {our name: of the shape that it has to have}. Yields (our name, stored); stored[:]
-    reads the whole tensor, stored[a:b] only these rows. A tied head, and rotary frequencies, may
-    be there and are not read. Raises ValueError for what is missing, unknown, twice there, damaged
-    or misshapen.
+    reads the whole tensor, stored[a:b] only these rows. Where the head is tied, one of it and the
+    embedding is enough; both may be there if they are equal. Rotary frequencies may be there and
+    are not read. Raises ValueError for what is missing, unknown, twice there, damaged or
+    misshapen.
     """
     files, source = shards(root)
-    derived = ("rotary_emb.inv_freq", "lm_head.weight") if tied else ("rotary_emb.inv_freq",)
-    ours, seen = {hf_name(name): name for name in parameters}, set()
+    ours, seen = {hf_name(name): name for name in parameters}, {}
+    if tied:
+        ours[HEAD] = ours[EMBED]
     for path in files:
         with open_tensors(path, device) as file:
-            for name in (name for name in file.keys() if not name.endswith(derived)):
+            for name in (name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")):
                 need(name in ours,
                      f"{path}: tensor {name!r} has no place in a model of this config.json")
                 need(name not in seen, f"{path}: tensor {name!r} stands in two shards")
                 stored = file.get_slice(name)
                 check_tensor(f"{path}: {name}", stored, parameters[ours[name]].shape)
-                seen.add(name)
+                seen[name] = ours[name]
                 yield ours[name], stored
-    missing = [name for name in ours if name not in seen]
+    missing = [name for name in ours if ours[name] not in seen.values()]
     need(not missing, f"{source}: {len(missing)} tensors are missing: {listed(missing)}")
 
 

@@ -103,8 +103,8 @@ def weights(name, case):
     D, F = case["hidden_size"], case["intermediate_size"]
     H, G = case["num_attention_heads"], case["num_key_value_heads"]
     d = case.get("head_dim", D // H)
-    family, biased, tied = (case[field] for field in (
-        "model_type", "attention_bias", "tie_word_embeddings"))
+    family, tied = case["model_type"], case["tie_word_embeddings"]
+    biased = case["attention_bias"] and family in ("llama", "qwen3")
     state = {}
 
     def put(key, *shape, size, centre=0):

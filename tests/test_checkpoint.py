@@ -1,4 +1,7 @@
-"""config.json and weights: what is read and written, and what is refused in one line."""
+"""config.json and weights: what is read and written, and what is refused in one line.
+
+What becomes of each field of config.json stands in test_config_fields.py.
+"""
 import errno
 import json
 import os
@@ -17,6 +20,7 @@ from model import Config
 from support import weights
 from support.config import SHAPES, hf_config, read_config, slowed
 from support.files import load_tensors, save_tensors, writable
+from support.weights import EMBED, HEAD
 
 LLAMA, ORIGINAL = golden.cases()["llama2"], "original_max_position_embeddings"
 
@@ -50,38 +54,6 @@ def reads_golden(path, name):
 
 
 LINEAR = {"rope_scaling": {"type": "linear", "factor": 4.0}}
-FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
-
-
-def qwen(**said):
-    return {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, **said}
-
-
-def mistral(**said):
-    return {"model_type": "mistral", **said}
-
-
-READ = [        # what config.json says, the field of model.Config that it is about, its value then
-    ({"eos_token_id": None}, "eos", ()),
-    (qwen(max_window_layers=3), "window", None),
-    (qwen(sliding_window=None, max_window_layers=1), "window", None),
-    (qwen(layer_types=FULL, max_window_layers=1), "window", None),
-    (qwen(use_sliding_window=False, max_window_layers=0), "window", None),
-    (qwen(max_window_layers=0), "window", 7),
-    (qwen(layer_types=SLIDING, model_type="qwen3"), "window", 7),
-    (mistral(sliding_window=7), "window", 7),
-    (mistral(sliding_window=7, layer_types=FULL), "window", None),
-    (qwen(model_type="llama", layer_types=SLIDING), "window", None),
-    (qwen(attention_bias=True, mlp_bias=True), "o_bias", False),
-    (mistral(attention_bias=True, mlp_bias=True), "qkv_bias", False),
-    ({"rope_scaling": golden.SCALING, "rope_parameters": {"rope_theta": 500.0}}, "rope_llama3",
-     (8.0, 1.0, 4.0, 48.0)),
-]
-
-
-@pytest.mark.parametrize("said, field, value", READ, ids=str)
-def test_what_a_config_says(said, field, value, tmp_path):
-    assert getattr(config_of(tmp_path, {**LLAMA, **said}), field) == value
 
 
 @pytest.mark.parametrize("eos, told, want", [
@@ -101,7 +73,7 @@ SPARSE = {"hidden_size": 1024, "intermediate_size": 96, "vocab_size": 96, "num_h
 GIVEN = {       # hardly a value is a default
     "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 512, "rms_norm_eps": 1e-4,
     "rope_theta": 500.0, "tie_word_embeddings": True, "bos_token_id": 5, "eos_token_id": [6, 7],
-    "sliding_window": 11, "hidden_act": "silu", "max_window_layers": 28, "attention_bias": True,
+    "hidden_act": "silu", "max_window_layers": 28, "attention_bias": True,
     "mlp_bias": False, "use_sliding_window": True, "rope_scaling": None,
 }
 
@@ -112,8 +84,9 @@ def test_every_field_that_is_missing_is_as_transformers_has_it(family, tmp_path)
     """hf_config says in their words what was read."""
     from transformers import AutoConfig
     sparse, told = {"model_type": family, **SPARSE}, {"head_dim": 16, "attention_bias": False}
-    for case in (sparse, *({**sparse, **{k: v for k, v in GIVEN.items() if k != missing}}
-                           for missing in (None, *GIVEN))):
+    given = GIVEN | {"sliding_window": None if family == "llama" else 11}
+    for case in (sparse, *({**sparse, **{k: v for k, v in given.items() if k != missing}}
+                           for missing in (None, *given))):
         found = config_of(tmp_path, case)
         theirs = AutoConfig.from_pretrained(tmp_path)
         theirs = {**told, **theirs.to_dict(), **theirs.rope_parameters}
@@ -152,20 +125,6 @@ def test_rope_types_turn_as_transformers_has_them(said, layout, tmp_path):
     assert not torch.allclose(freq, theirs, rtol=1e-3, atol=0)
 
 
-@needs("transformers")
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_qwen_whose_blocks_all_slide_gives_transformers_logits(family, tmp_path):
-    from transformers import AutoModelForCausalLM
-    folder, tokens = golden.write_checkpoint(tmp_path, family), golden.tokens(family)[:1]
-    plain = load_cpu(folder)(tokens)
-    change(folder / "config.json", use_sliding_window=True, sliding_window=9, max_window_layers=0)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        want = theirs(tokens).logits
-    assert close(load_cpu(folder)(tokens), want, 1e-4)
-    assert not close(plain, want, 0.1)
-
-
 # ----------------------------------------------------------------------------------- damaged JSON
 
 NUMBER, WHOLE = "expected a positive number", "expected a whole number from 1 to"
@@ -186,19 +145,15 @@ BAD = [         # a file, what is changed in it or stands there, what the messag
     *((CONFIG, {name: None}, f"{name} is None, {WHOLE}") for name in SPARSE),
     (CONFIG, {"hidden_size": "64"}, f"hidden_size is '64', {WHOLE}"),
     (CONFIG, {"num_hidden_layers": 10**9}, f"num_hidden_layers is 1000000000, {WHOLE} 1000"),
-    (CONFIG, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-    (CONFIG, {"mlp_bias": True}, "mlp_bias = True is not supported"),
-    (CONFIG, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
-    (CONFIG, {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not sup"),
     (CONFIG, {"attention_bias": 2}, "attention_bias is 2, expected true or false"),
     (CONFIG, {"eos_token_id": [2, None]}, "eos_token_id must be whole numbers, not [2, None]"),
     (CONFIG, {"bos_token_id": "<s>"}, "bos_token_id is '<s>'"),
-    (CONFIG, qwen(max_window_layers=2), "a sliding window in 1 of 3 blocks"),
-    *((CONFIG, mistral(layer_types=kinds), "layer_types is not a list of 3 times")
-      for kinds in (["chunked_attention"] * 3, FULL[:2], "full_attention", [{}, [], None])),
-    (CONFIG, mistral(sliding_window=0), "sliding_window is 0"),
-    (CONFIG, qwen(use_sliding_window="yes"), "use_sliding_window is 'yes', expected true or false"),
-    (CONFIG, qwen(max_window_layers="2"), "max_window_layers is '2'"),
+    *((CONFIG, {"layer_types": kinds}, "layer_types is not a list of 3 times") for kinds in (
+        ["chunked_attention"] * 3, ["full_attention"] * 2, "full_attention", [{}, [], None])),
+    (CONFIG, {"sliding_window": 0}, "sliding_window is 0"),
+    (CONFIG, {"model_type": "qwen2", "use_sliding_window": "yes"},
+     "use_sliding_window is 'yes', expected true or false"),
+    (CONFIG, {"model_type": "qwen2", "max_window_layers": "2"}, "max_window_layers is '2'"),
     (GENERATION, "{", "not valid JSON"),
     (GENERATION, '{"eos_token_id": "</s>"}', "eos_token_id must be whole numbers, not ['</s>']"),
     (INDEX, "{", "not valid JSON"),
@@ -228,11 +183,33 @@ Q = "model.layers.1.self_attn.q_proj."
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize("size", [0, 4, 100, -4, -10000, None])
-def test_a_truncated_shard_is_named(size, tmp_path):
+@pytest.mark.parametrize("found, message", [    # so much of the shard, or another file
+    (0, "half a download or the like, which begins with b''"),
+    *((size, "damaged or truncated safetensors file") for size in (100, -4, -10000)),
+    (POINTER, "a Git-LFS pointer: `git lfs pull` gets"), (b"GGUF\3\0\0\0\0", "a GGUF file: python"),
+    (b"<!DOCTYPE html><html>", "a web page, half a download or the like, which begins with b'<!D")])
+def test_what_stands_in_place_of_a_shard_is_told(found, message, tmp_path):
     path = golden.write_checkpoint(tmp_path, "sharded") / FIRST
-    path.write_bytes(path.read_bytes()[:size] if size is not None else POINTER)
-    refused(tmp_path, FIRST, "damaged or truncated safetensors file")
+    path.write_bytes(found if isinstance(found, bytes) else path.read_bytes()[:found])
+    refused(tmp_path, FIRST, message)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", FIRST, INDEX, CONFIG])
+def test_a_link_that_leads_nowhere_is_named(file, tmp_path):
+    """As in the Hub's cache, where its files went away."""
+    path = golden.write_checkpoint(tmp_path, "sharded") / file
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/0123")
+    with pytest.raises(ValueError, match=f"{tmp_path}: {file}: a link to a file that is not"):
+        load_cpu(tmp_path)
+
+
+def test_an_adapter_is_no_checkpoint(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    for _ in ("alone", "beside a whole model"):
+        with pytest.raises(ValueError, match="holds an adapter .LoRA. for owner/base: merge it"):
+            load_cpu(tmp_path)
+        golden.write_checkpoint(tmp_path, "gqa")
 
 
 @pytest.mark.parametrize("new, message", [      # tensors in place of the checkpoint's own
@@ -254,23 +231,39 @@ def test_tensors_that_do_not_fit_config(new, message, tmp_path):
 
 
 def test_a_tensor_in_two_shards(tmp_path):
-    folder, twice = golden.write_checkpoint(tmp_path, "sharded"), "model.embed_tokens.weight"
-    save_file(load_file(folder / SECOND) | {twice: STATE[twice]}, folder / SECOND)
-    refused(folder, SECOND, f"'{twice}' stands in two shards")
+    folder = golden.write_checkpoint(tmp_path, "sharded")
+    save_file(load_file(folder / SECOND) | {EMBED: STATE[EMBED]}, folder / SECOND)
+    refused(folder, SECOND, f"'{EMBED}' stands in two shards")
 
 
-@pytest.mark.parametrize("name, extra", [
-    ("llama2", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("tied", "lm_head.weight")])
-def test_tensors_that_follow_from_others_are_passed_over(name, extra, tmp_path):
-    file = golden.write_checkpoint(tmp_path, name) / "model.safetensors"
-    save_file(load_file(file) | {extra: torch.ones(8)}, file)
-    assert reads_golden(tmp_path, name)
+def test_rotary_frequencies_are_passed_over(tmp_path):
+    file = golden.write_checkpoint(tmp_path, "llama2") / "model.safetensors"
+    save_file(STATE | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    assert reads_golden(tmp_path, "llama2")
+
+
+@needs("transformers")
+@pytest.mark.parametrize("stored, tied", [
+    ({EMBED: 1}, True), ({HEAD: 1}, True), ({EMBED: 1, HEAD: 1}, True),
+    ({EMBED: 1, HEAD: 2}, False)])
+def test_a_head_is_tied_where_the_weights_say_so_too(stored, tied, tmp_path, capsys):
+    """The embedding's matrix, or twice it, under one of the two names or under both."""
+    from transformers import AutoModelForCausalLM
+    golden.write_config(tmp_path, golden.cases()["tied"])
+    state = golden.weights("tied", golden.cases()["tied"])
+    matrix = state.pop(EMBED)
+    golden.write_shards(tmp_path, state | {name: matrix * by for name, by in stored.items()})
+    ours, tokens = load_cpu(tmp_path), golden.tokens("tied")[:1]
+    assert ours.config.tied == tied != ("another matrix" in capsys.readouterr().out)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens)
+    assert close(ours(tokens), theirs.logits, 1e-4)
 
 
 def test_pickled_weights_are_never_read(tmp_path):
     file = golden.write_checkpoint(tmp_path, "llama2") / "model.safetensors"
     torch.save(STATE, file)                             # not even under this name
-    refused(tmp_path, file.name, "damaged or truncated safetensors")
+    refused(tmp_path, file.name, "pickled weights (torch.save)")
     file.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin and no safetensors: pickled weights"):
         load_cpu(tmp_path)
@@ -312,7 +305,6 @@ def test_a_name_that_leads_nowhere(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "x").touch()
-    (tmp_path / "here" / "config.json").symlink_to("nothing")
     with pytest.raises(FileNotFoundError, match=re.escape(message)) as e:
         load_cpu(name)
     assert "\n" not in str(e.value)

@@ -118,13 +118,20 @@ def test_the_divisors_of_llama_3_1_become_its_rule(tmp_path):
     assert load(out, device="cpu").config.rope_llama3 == (32.0, 1.0, 4.0, 8192.0)
 
 
-def test_what_a_file_leaves_out_and_what_ends_a_text(tmp_path):
+@pytest.mark.parametrize("said, want", [
+    ({"llama.attention.head_count_kv": None, "llama.attention.key_length": None,
+      "llama.rope.freq_base": None, "llama.expert_count": 0, "tokenizer.ggml.bos_token_id": None,
+      "tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.padding_token_id": 0},
+     {"bos": None, "eos": (END, 7, 0)}),
+    *(({f"llama.rope.{name}": 4.0}, {"rope_linear": 4.0, "max_positions": 2048})
+      for name in ("scaling.factor", "scale_linear")),
+    ({"tokenizer.ggml.eos_token_id": 7}, {"eos": (7, END)})], ids=str)
+def test_metadata_mean_what_they_mean_to_llama_cpp(said, want, tmp_path):
+    """What a file leaves out; a factor without a type; <|end|>, which ends an answer unnamed."""
     model = draw(n_kv_heads=4)
-    out = converted(tmp_path, model, changes={
-        "llama.attention.head_count_kv": None, "llama.attention.key_length": None,
-        "llama.rope.freq_base": None, "llama.expert_count": 0, "tokenizer.ggml.bos_token_id": None,
-        "tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.padding_token_id": 0})
-    assert load(out, device="cpu").config == dataclasses.replace(model.config, eos=(END, 7, 0))
+    config = load(converted(tmp_path, model, changes=said), device="cpu").config
+    known = {"bos": BEGIN, "eos": (END,)}
+    assert config == dataclasses.replace(model.config, **known | want)
 
 
 @pytest.mark.parametrize("name, value, message", [
@@ -270,6 +277,6 @@ def test_smollm2_is_what_its_predictors_were_trained_on():
     tokenizer = Tokenizer(SMOLLM2)
     ids = tokenizer.encode("The 14th of March, 1987:\n\n  <|im_start|>user caf\u00e9")
     model = load(SMOLLM2, device="cpu", dtype=torch.float32)
-    assert tokenizer.prefix == 1 and model.config.eos == (2,)
+    assert tokenizer.prefix == 1 and model.config.eos[0] == 2
     nll = -model(torch.tensor([ids]))[0].log_softmax(-1)[range(17), ids[1:]]
     assert nll.mean().item() == pytest.approx(5.378039, abs=2e-5)
