@@ -140,34 +140,42 @@ def bench(model, arms, sizes, new, repeats, progress, predictors=None):
 
 
 @torch.no_grad()
-def answer(args, prompt, model, arms, new, progress, predictors):
-    """Each arm reads a support.options.Prompt once and answers its questions, then both are timed.
+def respond(model, prompt, name, arm, new, pick, seed):
+    """One arm reads a support.options.Prompt once and answers its questions, printed as they come.
 
-    Questions are printed with their answers, as these come. -> a dict.
+    -> what was said, a dict; the trace; seconds of the prefill and of a decoded token.
     """
-    tokens = torch.tensor([prompt.ids], device=model.device)
-    N, longest = len(prompt.ids), max(len(question.ids) for question in prompt.questions)
-    model.check_positions(N + longest + new - 1)
+    tokens, N = torch.tensor([prompt.ids], device=model.device), len(prompt.ids)
+    room = new + max(len(question.ids) for question in prompt.questions)
+    model.check_positions(N + room - 1)
+    begin, answers = runs.clock(model.device), []
+    logits, caches, trace = prefill(model, tokens, *arm, room=room)
+    check(trace)
+    prefill_s = runs.clock(model.device) - begin
+    for question in prompt.questions:
+        torch.manual_seed(seed)                                     # all arms draw the same numbers
+        writer = show.Writer(name, question, prompt.tokenizer)
+        ids = tokens.new_tensor([question.ids])
+        said = ask(model, ids, N, caches, new, logits, pick, stop=writer)
+        answers.append(writer.end(said))
+    told = {"answers": answers, "counts": arm[0].counts(N, len(caches)),
+            "total_s": runs.clock(model.device) - begin}
+    return told, trace, (prefill_s, said.decode_s)
+
+
+def answer(args, prompt, model, arms, new, progress, predictors):
+    """Both arms answer a support.options.Prompt, then they are timed -> a dict."""
     pick, read, times = processes.agreed(sampler(args.temperature)), {}, {}
     for name, arm in arms.items():
-        begin, answers = runs.clock(model.device), []
-        logits, caches, trace = prefill(model, tokens, *arm, room=longest + new)
-        check(trace)
-        prefill_s = runs.clock(model.device) - begin
-        for question in prompt.questions:
-            torch.manual_seed(args.seed)                            # all arms draw the same numbers
-            writer = show.Writer(name, question, prompt.tokenizer)
-            ids = tokens.new_tensor([question.ids])
-            said = ask(model, ids, N, caches, new, logits, pick, stop=writer)
-            answers.append(writer.end(said))
-        times[name] = [(prefill_s, said.decode_s)]
-        read[name] = {"answers": answers, "counts": arm[0].counts(N, len(caches)),
-                      "total_s": runs.clock(model.device) - begin}
+        read[name], trace, seconds = respond(model, prompt, name, arm, new, pick, args.seed)
+        times[name] = [seconds]
     slow = times["full"][0][0] > 2
     show.hint(model, slow)
     if args.repeats or not slow:
         times = None                # else the very passes that answered count
+    tokens = torch.tensor([prompt.ids], device=model.device)
     row = compare(model, tokens, arms, 8, args.repeats or 5, progress, predictors, times, pick=pick)
+    N = len(prompt.ids)
     fixed = protected(torch.arange(N), N, arms["sdtp"][0]).tolist()
     return show.arms(prompt, read, trace, row, fixed, args.html)
 

@@ -6,7 +6,7 @@
 # DATA is a folder with the data sets' JSONL files (dolly, wikitext2_valid, lambada, multi_news, qmsum,
 # copa, piqa, winogrande, boolq); with NAMEs only those results are made. A result that is there already
 # is not measured again; a command that was stopped goes on where it was. RESULTS=FOLDER measures into
-# another folder, to compare.
+# another folder, to compare. GGUF=FOLDER: also beside llama.cpp (pip install llama-cpp-python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: bash results/make.sh DATA [NAME ...]}
@@ -142,6 +142,13 @@ make smollm2_passages_8 $quality $small --data out/passages-8.jsonl --context --
     --limit 16 --scorers $arms
 make smollm2_passages_last $quality $small $four --question last --limit 16 --scorers $arms
 
+# Where the question stands, and a question that is never dropped: infer.py's defaults
+arms="--split validation --limit 40 --scorers full predictor neighbours truncate random"
+for place in first last both; do
+    make smollm2_question_$place $quality $small $four --question $place $arms
+done
+make smollm2_question_kept $quality $small $four --sink question $arms
+
 # Larger models; the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 arms="full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
 make qwen05_passages $quality $large $four --limit 65 --scorers $arms predictor@cut
@@ -161,6 +168,11 @@ done
 make qwen05_speed_cpu python -m lab.speed $large --lengths 1024 4096 8192 16384 32640
 make qwen05_transformers_cpu python -m lab.speed $large --lengths 1024 4096 8192 \
     --vs transformers --repeats 5 --max-new-tokens 64
+if [[ -n ${GGUF:-} ]]; then          # folder of smollm2.gguf and qwen2.5-coder-0.5b.gguf
+    vs="--lengths 512 1024 4096 --repeats 3 --max-new-tokens 32 --vs llama.cpp $GGUF"
+    make smollm2_engines python -m lab.speed --ckpt smollm2 $vs/smollm2.gguf
+    make qwen05_engines python -m lab.speed $large $vs/qwen2.5-coder-0.5b.gguf
+fi
 make smollm2_speed_cpu python -m lab.speed --ckpt smollm2 --lengths 512 1024 2048 4096 \
     --vs transformers --repeats 9
 

@@ -307,6 +307,12 @@ def infer_options(doc):
     parser.add_argument("--tp", action="store_true", help="under torchrun: divide every block's "
                         "heads and SwiGLU among the processes (tensor parallel)")
     args = parser.parse_args()
+    check_inference(parser, args)
+    return args
+
+
+def check_inference(parser, args):
+    """Refuse what cannot work, or does nothing, before anything is read."""
     need(args.bench or not args.ckpt.startswith("random:"),
          "random weights have nothing to say: use --bench")
     if args.bench:
@@ -323,7 +329,6 @@ def infer_options(doc):
         refuse_idle(parser, args, "beside --left", "keep")
     check_tp(args)
     check_predictors(args)
-    return args
 
 
 def check_tp(args):

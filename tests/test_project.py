@@ -105,8 +105,8 @@ def measures():
     per_line = count(SIX) / len({(p, n) for p in SIX for n in code_tokens(p)})
     inside = [*SUPPORT, *LAB, *CHECKPOINTS]
     return {
-        "six modules, code tokens": (count(SIX), 9150),
-        "six modules, lines": (len(lines(SIX)), 1250),
+        "six modules, code tokens": (count(SIX), 9850),
+        "six modules, lines": (len(lines(SIX)), 1315),
         "six modules, tokens a code line": (round(per_line, 1), 12),
         "six modules, names imported from support": (sum(len(imports(p)[1]) for p in SIX), 45),
         "six modules, lines that speak of batches": (
@@ -117,8 +117,8 @@ def measures():
         "support, files": (len(SUPPORT), 10),
         "lab, files": (len(LAB), 8),
         "checkpoints, files": (len(CHECKPOINTS), 3),
-        "support, lab, checkpoints, code tokens": (count(inside), 33610),
-        "tests, code tokens": (count(TESTS), 70000),
+        "support, lab, checkpoints, code tokens": (count(inside), 37230),
+        "tests, code tokens": (count(TESTS), 73800),
         "README.md, words": (words([ROOT / "README.md"]), 1300),
         "docs, words": (words(DOCS), 6500),
         "docs, files": (len(DOCS), 3),
