@@ -6,10 +6,11 @@ than model.Block's is refused by name.
 import math
 from pathlib import Path
 
-from support.files import need, read_json, read_object
+from support.files import blame, need, read_object
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", ORIGINAL
 # A model that sets one of these otherwise computes something that Block does not: attention in
 # both directions (so does null there) or in chunks, blocks that differ, another file's weights.
 PLAIN = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "is_causal": True,
@@ -48,72 +49,72 @@ def read_config(path):
     Both layouts are read: transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
     Raises ValueError for what is not supported.
     """
-    raw = read_json(path)
-    need(isinstance(raw, dict), f"{path}: expected a JSON object")
-    family = raw.get("model_type")
-    need(isinstance(family, str) and family in FAMILIES,
-         f"{path}: model_type {family!r} is not supported ({', '.join(FAMILIES)})")
-    raw = DEFAULTS[family] | raw
-    for name, known in PLAIN.items():
-        value = raw.get(name, known)
-        need(value == known, f"{path}: {name} = {value!r:.60} is not supported")
-    biased = family in ("llama", "qwen3") and switch(path, raw, "attention_bias")
-    shape = read_shape(path, raw)
-    return {**shape, **read_rope(path, raw, shape["max_positions"]), **read_ends(path, raw),
-            "tied": switch(path, raw, "tie_word_embeddings"),
-            "qkv_bias": biased or family == "qwen2",
-            "o_bias": biased,
-            "qk_norm": family == "qwen3",
-            "norm_eps": positive(path, raw, "rms_norm_eps", 1e-6),
-            "window": read_window(path, raw)}
+    raw = read_object(path)
+    with blame(path):
+        family = raw.get("model_type")
+        need(isinstance(family, str) and family in FAMILIES,
+             f"model_type {family!r} is not supported ({', '.join(FAMILIES)})")
+        raw = DEFAULTS[family] | raw
+        for name, known in PLAIN.items():
+            value = raw.get(name, known)
+            need(value == known, f"{name} = {value!r:.60} is not supported")
+        biased = family in ("llama", "qwen3") and switch(raw, "attention_bias")
+        shape = read_shape(raw)
+        found = {**shape, **read_rope(raw, shape["max_positions"]),
+                 "tied": switch(raw, "tie_word_embeddings"),
+                 "qkv_bias": biased or family == "qwen2",
+                 "o_bias": biased,
+                 "qk_norm": family == "qwen3",
+                 "norm_eps": positive(raw, "rms_norm_eps", 1e-6),
+                 "window": read_window(raw)}
+    return found | read_ends(path, raw)
 
 
-def read_shape(path, raw):
+def read_shape(raw):
     """The sizes of the decoder."""
-    dim = whole(path, raw, "hidden_size")
-    heads = whole(path, raw, "num_attention_heads")
-    kv_heads = whole(path, raw, "num_key_value_heads", heads)
+    dim = whole(raw, "hidden_size")
+    heads = whole(raw, "num_attention_heads")
+    kv_heads = whole(raw, "num_key_value_heads", heads)
     need(heads % kv_heads == 0,
-         f"{path}: {heads} attention heads do not divide among {kv_heads} key/value heads")
-    head_dim = whole(path, raw, "head_dim", dim // heads)
-    need(head_dim % 2 == 0, f"{path}: head_dim {head_dim} is odd, rotary positions turn pairs")
+         f"{heads} attention heads do not divide among {kv_heads} key/value heads")
+    head_dim = whole(raw, "head_dim", dim // heads)
+    need(head_dim % 2 == 0, f"head_dim {head_dim} is odd, rotary positions turn pairs")
     return {"dim": dim,
-            "n_blocks": whole(path, raw, "num_hidden_layers", largest=1000),
+            "n_blocks": whole(raw, "num_hidden_layers", largest=1000),
             "n_heads": heads,
             "n_kv_heads": kv_heads,
             "head_dim": head_dim,
-            "ffn": whole(path, raw, "intermediate_size"),
-            "vocab": whole(path, raw, "vocab_size"),
-            "max_positions": whole(path, raw, "max_position_embeddings", largest=2**31)}
+            "ffn": whole(raw, "intermediate_size"),
+            "vocab": whole(raw, "vocab_size"),
+            "max_positions": whole(raw, "max_position_embeddings", largest=2**31)}
 
 
-def read_rope(path, raw, limit):
+def read_rope(raw, limit):
     """The base of the rotary positions, how slow turns are slowed further, the positions then."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    need(isinstance(rope, dict), f"{path}: the rope settings are {rope!r}, expected an object")
+    need(isinstance(rope, dict), f"the rope settings are {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "linear", "llama3"),
-         f"{path}: rope type {kind!r} is not supported (default, linear, llama3)")
+         f"rope type {kind!r} is not supported (default, linear, llama3)")
     need(not {"full_attention", "sliding_attention"} & rope.keys(),
-         f"{path}: rope_parameters of their own for each kind of block are not supported")
+         "rope_parameters of their own for each kind of block are not supported")
     beside = {**raw, **rope}                    # inside the rope settings they count first
     need(beside.get("partial_rotary_factor") in (None, 1.0),
-         f"{path}: partial_rotary_factor other than 1 is not supported")
-    found = {"rope_theta": positive(path, beside, "rope_theta", 10000.0)}
+         "partial_rotary_factor other than 1 is not supported")
+    found = {"rope_theta": positive(beside, "rope_theta", 10000.0)}
     if kind == "linear":
-        factor = positive(path, rope, "factor")
+        factor = positive(rope, "factor")
         found |= {"rope_linear": factor, "max_positions": max(limit, int(factor * limit))}
     if kind == "llama3":
         if raw.get(ORIGINAL) is not None:       # beside the rope settings it counts before theirs
             rope = {**rope, ORIGINAL: raw[ORIGINAL]}
-        names = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-        llama3 = tuple(positive(path, rope, name) for name in names)
-        need(llama3[2] > llama3[1], f"{path}: high_freq_factor must be above low_freq_factor")
+        llama3 = tuple(positive(rope, name) for name in LLAMA3)
+        need(llama3[2] > llama3[1], "high_freq_factor must be above low_freq_factor")
         found["rope_llama3"] = llama3
     return found
 
 
-def read_window(path, raw):
+def read_window(raw):
     """The sliding window that all blocks have; None where no block has one.
 
     Mistral's first version has one without saying so; a Qwen has one only where it says so, in
@@ -122,26 +123,25 @@ def read_window(path, raw):
     forget a token is refused.
     """
     window, blocks, first = raw.get("sliding_window"), raw["num_hidden_layers"], 0
-    need(window is None or type(window) is int and window > 0,
-         f"{path}: sliding_window is {window!r:.60}")
+    need(window is None or type(window) is int and window > 0, f"sliding_window is {window!r:.60}")
     family = raw["model_type"]
     if family in ("qwen2", "qwen3"):
-        window = window if switch(path, raw, "use_sliding_window") else None
+        window = window if switch(raw, "use_sliding_window") else None
         first = raw["max_window_layers"]
-        need(type(first) is int, f"{path}: max_window_layers is {first!r:.60}")
+        need(type(first) is int, f"max_window_layers is {first!r:.60}")
     full, sliding = "full_attention", "sliding_attention"
     kinds = raw.get("layer_types")
     if kinds is None:
         kinds = [sliding if window and block >= first else full for block in range(blocks)]
     need(isinstance(kinds, list)
          and len(kinds) == blocks == kinds.count(full) + kinds.count(sliding),
-         f"{path}: layer_types is not a list of {blocks} times {full!r} or {sliding!r}")
+         f"layer_types is not a list of {blocks} times {full!r} or {sliding!r}")
     if sliding not in kinds:
         return None
     need(window and family != "llama",
-         f"{path}: sliding_window = {window} is not supported in a {family} of blocks that are "
+         f"sliding_window = {window} is not supported in a {family} of blocks that are "
          f"{sliding!r} (null, where no window is meant)")
-    need(full not in kinds, f"{path}: sliding_window in {kinds.count(sliding)} of {blocks} blocks "
+    need(full not in kinds, f"sliding_window in {kinds.count(sliding)} of {blocks} blocks "
                             "is not supported (in all or none)")
     return window
 
@@ -152,41 +152,39 @@ def read_ends(path, raw):
     What generation_config.json says of the end counts before config.json: chat models that end
     their turn with a token of its own may name it there alone.
     """
-    bos, file = raw.get("bos_token_id"), path
+    bos = raw.get("bos_token_id")
     need(bos is None or type(bos) is int, f"{path}: bos_token_id is {bos!r:.60}")
-    other = Path(path).with_name("generation_config.json")
-    eos = read_object(other).get("eos_token_id")
+    file = Path(path).with_name("generation_config.json")
+    eos = read_object(file).get("eos_token_id")
     if eos is None:
-        eos = raw.get("eos_token_id")
-    else:
-        file = other
+        file, eos = path, raw.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     need(all(type(token) is int for token in eos),
          f"{file}: eos_token_id must be whole numbers, not {eos!r:.60}")
     return {"bos": bos, "eos": tuple(eos)}
 
 
-def switch(path, raw, name):
+def switch(raw, name):
     """A field that is true or false; absent and null are false."""
     value = raw.get(name)
-    need(value in (None, True, False), f"{path}: {name} is {value!r}, expected true or false")
+    need(value in (None, True, False), f"{name} is {value!r}, expected true or false")
     return bool(value)
 
 
-def whole(path, raw, name, default=None, largest=2**24):
+def whole(raw, name, default=None, largest=2**24):
     """A field that is a whole number from 1 to `largest`."""
     value = raw.get(name)
     value = default if value is None else value
     need(type(value) is int and 0 < value <= largest,
-         f"{path}: {name} is {value!r}, expected a whole number from 1 to {largest}")
+         f"{name} is {value!r}, expected a whole number from 1 to {largest}")
     return value
 
 
-def positive(path, raw, name, default=None):
+def positive(raw, name, default=None):
     """A field that is a positive number."""
     value = raw.get(name, default)
     need(type(value) in (int, float) and 1e-30 < value < 1e30,
-         f"{path}: {name} is {value!r}, expected a positive number")
+         f"{name} is {value!r}, expected a positive number")
     return float(value)
 
 
@@ -201,8 +199,7 @@ def hf_config(c):
         positions = round(positions / c.rope_linear)            # read_rope multiplies again
         scaling = {"rope_type": "linear", "factor": c.rope_linear}
     if c.rope_llama3:
-        names = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-        scaling = {"rope_type": "llama3", **dict(zip(names, c.rope_llama3))}
+        scaling = {"rope_type": "llama3", **dict(zip(LLAMA3, c.rope_llama3))}
     raw = {"architectures": [f"{FAMILIES[family]}ForCausalLM"],
            "model_type": family,
            "hidden_act": "silu",

@@ -16,13 +16,16 @@ def need(condition, message):
 
 
 @contextlib.contextmanager
-def blame(path, fault):
-    """Whatever goes wrong inside is the fault of the file `path`, not of torch or Python."""
+def blame(path, fault=None):
+    """Whatever goes wrong inside is the fault of the file `path`, not of torch or Python.
+
+    fault: what it means; None where the reason says it.
+    """
     try:
         yield
     # a RecursionError is a RuntimeError
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"{path}: {fault} ({e})") from None
+        raise ValueError(f"{path}: {fault} ({e})" if fault else f"{path}: {e}") from None
 
 
 def read_json(path):
@@ -32,7 +35,8 @@ def read_json(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as e:           # also bytes that are not UTF-8
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
+        begin = Path(path).read_bytes()[:24]            # of a web page or a Git LFS pointer, say
+        raise ValueError(f"{path}: not valid JSON ({e}); it begins with {begin!r}") from None
 
 
 def read_object(path):

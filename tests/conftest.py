@@ -1,6 +1,7 @@
 """What tests share: a tiny random Llama, predictors and rows for it, and ways to run a command."""
 import importlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -61,10 +62,13 @@ def tiny():
     return tiny_model()
 
 
+# A row of 60 tokens; tests take the first 48 as the prompt.
+TOKENS = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture
 def tokens():
-    """A row of 60 tokens; tests take the first 48 as the prompt."""
-    return torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(1))
+    return TOKENS.clone()
 
 
 def fresh_predictors(seed=0, near=False):
@@ -96,6 +100,18 @@ def close(a, b, atol):
 
 def load_cpu(path):
     return load(path, device="cpu", dtype=torch.float32)
+
+
+def jsonl(path, rows):
+    """Write rows as lines of JSON -> the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def change(path, **new):
+    """Set entries of a JSON file, which need not be there."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**old, **new}))
 
 
 # ------------------------------------------------------------------ a real model, where it is there

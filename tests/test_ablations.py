@@ -1,7 +1,6 @@
 """lab/ablations.py: variants of the training side by side, what is kept, what the tables say."""
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
@@ -22,17 +21,12 @@ def study(tmp_path):
     return Study(MODEL, tmp_path, epochs=1, quiet=True)
 
 
-def watch(monkeypatch, name, stop=None):
-    """-> a list that grows with every call of a function of lab/ablations.py.
-
-    stop: at this call the work is interrupted.
-    """
+def watch(monkeypatch, name):
+    """-> a list that grows with every call of a function of lab/ablations.py."""
     calls, real = [], getattr(ablations, name)
 
     def watched(*args):
         calls.append(args)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(ablations, name, watched)
     return calls
@@ -67,34 +61,6 @@ def test_variants_share_their_marking_and_are_trained_once(tmp_path, monkeypatch
     assert train("alone", equal) == ([shared], 8)
     assert train("shared", equal) == ([shared], 8)
     assert train("shared", replace(equal, reduce="norm_g"))[1] == 12
-
-
-def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
-    rows = random_rows(12)          # three steps
-    unbroken = Study(MODEL, tmp_path / "unbroken", 1, True).train(rows, SCHEDULE, BEST)
-
-    def saving(*args, save_every, **around):
-        return fit(*args, save_every=0, **around)
-    fit = ablations.fit
-    monkeypatch.setattr(ablations, "fit", saving)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, "marking", stop=6)                 # in the second step
-        Study(MODEL, tmp_path, 1, True).train(rows, SCHEDULE, BEST)
-    made = watch(monkeypatch, "marking")
-    resumed = Study(MODEL, tmp_path, 1, True).train(rows, SCHEDULE, BEST)
-    assert len(made) == 8           # the first step's rows are not read again
-    assert digest(resumed) == digest(unbroken)
-
-
-def test_stopped_measurements_go_on(study, tmp_path, monkeypatch):
-    table = partial(compare, rows=ROWS, schedule=SCHEDULE, arms=ARMS, group="some")
-    unbroken = table(Study(MODEL, tmp_path / "unbroken", quiet=True))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, "measure_arm", stop=6)
-        table(study)
-    made = watch(monkeypatch, "measure_arm")
-    assert table(Study(MODEL, tmp_path, quiet=True)) == unbroken
-    assert len(made) == 3           # of eight
 
 
 def test_what_is_measured_is_kept_under_all_it_depends_on(study, tmp_path, monkeypatch):

@@ -1,14 +1,12 @@
 """support/chat.py: prompts are what the checkpoint's own chat template renders."""
 import itertools
-import json
 
 import pytest
 
 import test_tokenizer
-from conftest import SMOLLM2, needs, real_weights
-from support.chat import Chat, chat_notes, choose_chat, render
+from conftest import SMOLLM2, change, needs, real_weights
+from support.chat import chat_notes, choose_chat, render
 from support.tokenizer import Tokenizer
-from test_tokenizer import change
 
 # Templates of the published kinds, written anew and shorter.
 CHATML = """\

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 
 import pytest
@@ -15,19 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import golden
-from conftest import close, load_cpu, needs, tiny_model
+from conftest import change, close, load_cpu, needs, tiny_model
 from model import Config
-from support import weights
-from support.config import SHAPES, hf_config, read_config, slowed
+from support.config import SHAPES, hf_config, read_config
 from support.files import load_tensors, save_tensors, writable
 from support.weights import EMBED, HEAD
 
-LLAMA, ORIGINAL = golden.cases()["llama2"], "original_max_position_embeddings"
-
-
-def change(path, **new):
-    """Set entries of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+LLAMA = golden.cases()["llama2"]
 
 
 def config_of(folder, case, layout=4):
@@ -51,9 +44,6 @@ def reads_golden(path, name):
 
 
 # ------------------------------------------------------------------------------------- config.json
-
-
-LINEAR = {"rope_scaling": {"type": "linear", "factor": 4.0}}
 
 
 @pytest.mark.parametrize("eos, told, want", [
@@ -110,21 +100,6 @@ def test_no_family_mixes_a_window_with_biases():
         hf_config(tiny_model(window=11, qkv_bias=True).config)
 
 
-@pytest.mark.parametrize("layout", [4, 5])
-@pytest.mark.parametrize("said", [
-    LINEAR, {"rope_scaling": {**golden.SCALING, ORIGINAL: 1024}},
-    {ORIGINAL: 512, "rope_scaling": golden.SCALING}], ids=str)
-@needs("transformers")
-def test_rope_types_turn_as_transformers_has_them(said, layout, tmp_path):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    c = config_of(tmp_path, {**LLAMA, "head_dim": 128, **said}, layout)
-    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path)).inv_freq
-    freq = 1.0 / c.rope_theta ** (torch.arange(0, 128, 2) / 128)
-    assert torch.allclose(slowed(freq, c.rope_llama3, c.rope_linear), theirs, rtol=1e-6, atol=0)
-    assert not torch.allclose(freq, theirs, rtol=1e-3, atol=0)
-
-
 # ----------------------------------------------------------------------------------- damaged JSON
 
 NUMBER, WHOLE = "expected a positive number", "expected a whole number from 1 to"
@@ -143,7 +118,6 @@ BAD = [         # a file, what is changed in it or stands there, what the messag
     (CONFIG, {"num_key_value_heads": 3}, "4 attention heads do not divide among 3 key/value heads"),
     (CONFIG, {"head_dim": 15}, "head_dim 15 is odd"),
     *((CONFIG, {name: None}, f"{name} is None, {WHOLE}") for name in SPARSE),
-    (CONFIG, {"hidden_size": "64"}, f"hidden_size is '64', {WHOLE}"),
     (CONFIG, {"num_hidden_layers": 10**9}, f"num_hidden_layers is 1000000000, {WHOLE} 1000"),
     (CONFIG, {"attention_bias": 2}, "attention_bias is 2, expected true or false"),
     (CONFIG, {"eos_token_id": [2, None]}, "eos_token_id must be whole numbers, not [2, None]"),
@@ -219,9 +193,8 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
     ({Q + "bias": torch.zeros(64)}, "q_proj.bias' has no place"),
     ({Q + "weight": torch.zeros(64, 60)},
      f"{Q}weight has shape (64, 60), config.json asks for (64, 64)"),
-    ({Q + "weight": torch.zeros(4096)}, "has shape (4096,), config.json asks for (64, 64)"),
-    ({Q + "weight": torch.zeros(64, 64, dtype=torch.int8)}, f"{Q}weight holds I8, expected float"),
-    ({Q + "weight": torch.zeros(64, 64).to(torch.float8_e4m3fn)}, f"{Q}weight holds F8_E4M3"),
+    ({Q + "weight": torch.zeros(64, 64).to(torch.float8_e4m3fn)},
+     f"{Q}weight holds F8_E4M3, expected float"),
 ], ids=str)
 def test_tensors_that_do_not_fit_config(new, message, tmp_path):
     golden.write_checkpoint(tmp_path, "llama2")
@@ -264,9 +237,7 @@ def test_pickled_weights_are_never_read(tmp_path):
     file = golden.write_checkpoint(tmp_path, "llama2") / "model.safetensors"
     torch.save(STATE, file)                             # not even under this name
     refused(tmp_path, file.name, "pickled weights (torch.save)")
-    file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin and no safetensors: pickled weights"):
-        load_cpu(tmp_path)
+    file.unlink()
     save_file(STATE, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="only other.safetensors, neither model.safetensors nor"):
         load_cpu(tmp_path)
@@ -275,51 +246,10 @@ def test_pickled_weights_are_never_read(tmp_path):
 # ------------------------------------------------------------------------------------------- names
 
 
-def test_where_a_name_is_looked_for(tmp_path, monkeypatch):
-    """Under checkpoints/, then as given, then in the Hub's cache."""
-    golden.write_checkpoint(tmp_path / "checkpoints" / "tiny", "llama2")
-    golden.write_checkpoint(tmp_path / "tiny", "tied")
-    hub = tmp_path / "models--owner--tiny"
-    golden.write_checkpoint(hub / "snapshots" / "0123", "gqa")
-    (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text("0123\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for name, case in (("tiny", "llama2"), ("./tiny", "tied"), ("owner/tiny", "gqa")):
-        assert reads_golden(name, case)
-    shutil.rmtree(tmp_path / "checkpoints")
-    assert reads_golden("tiny", "tied")
-
-
-@pytest.mark.parametrize("name, message", [
-    ("huge", "no checkpoint 'huge' on this disk: expected a directory with config.json"),
-    ("owner/huge", "`hf download OWNER/NAME --local-dir checkpoints/NAME`"),
-    ("llama-7b", "get it with `hf download meta-llama/Llama-2-7b-hf"),
-    ("toyy", "do you mean --ckpt toy?"),
-    ("here/x.gguf", "here/x.gguf is a GGUF file: `python checkpoints/convert.py here/x.gguf"),
-    ("here/x", "here/x is a file: a checkpoint is the directory that holds it"),
-    ("here", "here has no config.json: a checkpoint is a directory in Hugging Face layout"),
-])
-def test_a_name_that_leads_nowhere(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "x").touch()
-    with pytest.raises(FileNotFoundError, match=re.escape(message)) as e:
-        load_cpu(name)
-    assert "\n" not in str(e.value)
-
-
-def test_random_weights_need_no_files_and_are_for_timings(monkeypatch):
+def test_random_weights_are_of_a_known_shape_and_reach_the_longest_prompts():
     assert all(shape["max_positions"] >= 131072 + 128 for shape in SHAPES.values())
     with pytest.raises(ValueError, match="unknown shape 'gpt-5'; there are llama-7b, mistral-7b"):
         load_cpu("random:gpt-5")
-    with pytest.raises(ValueError, match="random:x: random weights are for timings and have no"):
-        weights.find("random:x")
-    monkeypatch.setitem(SHAPES, "tiny", vars(tiny_model().config))
-    model = load_cpu("random:tiny")
-    assert model(torch.zeros(1, 5, dtype=torch.long)).isfinite().all()
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------ saving

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 import forked
-from conftest import ROOT, TOY, tiny_model
+from conftest import ROOT, TOY, jsonl, tiny_model
 from support.config import hf_config
 from support.options import read_text
 from support.rows import rows_at_hand
@@ -55,7 +55,7 @@ def clone(folder):
              "context": f"{filler}Anna sells {number} maps.",
              "response": f"Anna sells {number} maps."} for number in range(30)]
     (folder / "data").mkdir()
-    (folder / "data" / DOLLY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(folder / "data" / DOLLY, rows)
     return folder
 
 
@@ -117,26 +117,17 @@ WRONG = {       # what is wrong: the command, what its line says (a part of it)
                                     "--template plain",
                                     "made for another model"),
     "predictors that are not there": (f"{INFER} --predictors none", "none: no such file"),
-    "stages elsewhere": (f"{INFER} --first 3", "predictors stand after blocks"),
-    "a prompt file that is not there": (f"{INFER} --prompt-file report.txt",
-                                        "report.txt: no such prompt file"),
     "a prompt file in Latin-1": (f"{INFER} --prompt-file latin1.txt", "latin1.txt: not UTF-8 text"),
     "an empty prompt": (f"{INFER} --prompt-file empty.txt", "the prompt is empty"),
-    "two prompts": (f"{INFER} --prompt hi --prompt-file empty.txt", "leave all but one out"),
-    "a prompt that is too long": (f"{INFER} --prompt-file long.txt",
-                                  "past this model's 2048 positions"),
     "too many new tokens": (f"{INFER} --prompt hi --max-new-tokens 5000",
                             "past this model's 2048 positions"),
     "a system text without a place": (f"{INFER} --prompt hi --system be", "no place for a system"),
-    "random weights asked for an answer": (f"{INFER} --ckpt random:mistral-7b",
-                                           "random weights have nothing to say: use --bench"),
     "random weights to train on": (f"{TRAIN} --ckpt random:mistral-7b",
                                    "random weights are for timings"),
     "a page that cannot be written": (f"{INFER} --html empty.txt/page.html",
                                       "empty.txt/page.html: cannot be written"),
     "a device that is not there": (f"{INFER} --device warp", "device 'warp' is not available here"),
     "a figure on it": ("python saliency.py --device warp", "device 'warp' is not available here"),
-    "one process alone": (f"{INFER} --tp", "--tp and torchrun"),
 }
 
 
@@ -156,7 +147,6 @@ def wrong(tmp_path_factory):
     (folder / "tiny.gguf").write_bytes(b"GGUF")
     (folder / "latin1.txt").write_bytes("Käse".encode("latin-1"))
     (folder / "empty.txt").write_text("\n")
-    (folder / "long.txt").write_text("the " * 3000)
     row = '{"instruction": "a", "response": "b"}\n'
     rows = [row.replace("a", f"question {i}") for i in range(20)]
     (folder / "rows.jsonl").write_text("".join(rows))
@@ -194,6 +184,11 @@ def test_places_in_the_hubs_cache_and_under_checkpoints_are_found(tmp_path, monk
     assert rows_at_hand("meta-llama/Small") == found[1] / DOLLY
     shutil.copytree(TOY, tmp_path / "toy")
     assert find("toy") == TOY and str(find("./toy")) == "toy"
+    (tmp_path / "toy").rename("own")
+    assert str(find("own")) == "own"
+    monkeypatch.setenv("HF_HUB_CACHE", "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        find("meta-llama/Small")
 
 
 def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):

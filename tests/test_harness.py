@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCHEDULE, SMOLLM2, needs, predictors_for, random_rows, real_weights, tiny_model
+from conftest import (SCHEDULE, SMOLLM2, jsonl, needs, predictors_for, random_rows, real_weights,
+                      tiny_model)
 
 from infer import generate
 from lab import harness
@@ -69,10 +70,6 @@ def manager(data):
     own = Path(lm_eval.tasks.__file__).parent
     paths = [own / "super_glue", own / "winogrande", own / "lambada", data]
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths)
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def asked(*args):

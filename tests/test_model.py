@@ -53,13 +53,6 @@ def test_long_prompts_go_through_the_feed_forward_in_pieces(tiny, monkeypatch):
     assert pieces == [1024, 1024, 52]
 
 
-def test_positions_beyond_the_models(tiny):
-    longest = torch.zeros(1, 512, dtype=torch.long)
-    assert tiny(longest).shape == (1, 512, 90)
-    with pytest.raises(ValueError, match="position 512 is .* this model's 512 positions"):
-        tiny(F.pad(longest, (0, 1)))
-
-
 # ------------------------------------------------------------------------------------------ caches
 
 

@@ -27,8 +27,7 @@ from support.rows import Example
 from train import masked_pass
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TRAIN = ["train.py", "--steps", 3, "--accum", 2, "--limit", 3, "--max-prompt", 420,
-         "--report-rows", 1, "--json"]
+TRAIN = ["train.py", "--steps", 3, "--accum", 2, "--limit", 3, "--report-rows", 1, "--json"]
 
 
 def alone(*words, **options):
@@ -188,11 +187,9 @@ def compare_gradients(path, n):
 def compare_agreement():
     """What one process says holds for both."""
     rank = processes.rank()
-    assert processes.first(torch.tensor([rank + 5])).item() == 5
     assert processes.agreed(lambda x: x + rank)(torch.ones(2)).tolist() == [1, 1]
     assert processes.first_number(rank + 3) == 3
     assert processes.anyone(rank == 1) and not processes.anyone(False)
-    assert processes.mine(range(5)) == range(rank, 5, 2)
     used, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     used.grad = torch.full((2,), rank + 1.0)
     if rank == 1:                   # a parameter may get no gradient from some rows

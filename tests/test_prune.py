@@ -15,7 +15,7 @@ import torch
 from conftest import (ROOT, SCHEDULE, close, command, fresh_predictors, predictors_for, tiny_model)
 from model import Config
 from predictor import NearPredictor, score
-from prune import (UNPRUNED, Schedule, extend, flops, kv_bytes, load_predictors, local_tokens, nll,
+from prune import (UNPRUNED, Schedule, extend, flops, kv_bytes, load_predictors, nll,
                    predictor_scorer, prefill, select)
 from support.config import SHAPES, read_config
 from support.rows import Example
@@ -33,15 +33,6 @@ def test_paper_schedule_drops_65_percent():
     each = [n for n in kept for _ in range(3)]
     assert schedule.counts(1000, 32) == [1000] * 4 + each + [349]
     assert schedule.share(10) == 0.9 ** 10 and round(schedule.share(10), 3) == 0.349
-
-
-def test_stages_past_the_last_block_fall_away():
-    schedule = Schedule(2, 2, 9, 0.5)
-    assert schedule.after(6) == [2, 4]
-    assert schedule.counts(100, 6) == [100, 100, 50, 50, 25, 25]
-    late = Schedule(6, 1, 1, 0.5)
-    assert late.counts(100, 6) == [100] * 6, "a stage after the last block shortens nothing"
-    assert Schedule(1, 1, 5, 0.3).counts(50, 6) == [50, 15, 9, 9, 9, 9], "9 are protected"
 
 
 def test_scaled_schedule_is_the_papers_at_32_blocks():
@@ -63,32 +54,11 @@ def test_bad_schedule(name, value):
 # --------------------------------------------------------------------------------------- selection
 
 
-def chosen(scores, k, N, pos=None, **fields):
-    """select, lists in and out; without pos nothing was dropped before."""
-    pos = pos or list(range(len(scores)))
-    return select(torch.tensor([scores]), torch.tensor([pos]), k, N, Schedule(**fields)).tolist()
-
-
-def test_select_keeps_protected_then_top_scored_in_order():
-    scores = [0.0, 0.1, 9.0, 0.2, 8.0, 0.3, 7.0, 0.0, 0.0, 0.0]
-    assert chosen(scores, 5, 10, sink=1, local=0.2) == [0, 2, 4, 8, 9]
-    assert chosen(scores, 3, 10, sink=1, local=0.2) == [0, 8, 9]
-    assert chosen(scores, 10, 10) == list(range(10))
-    # after earlier drops of a prompt of 10 tokens, and behind it a response
-    pos, scores = [0, 3, 5, 8, 9, 10, 11], [0.0, 1.0, 3.0, 2.0, 0.0, 0.0, 0.0]
-    assert chosen(scores, 5, 10, pos, sink=1) == [0, 2, 4, 5, 6]
-
-
-def test_ties_go_to_the_earlier_token_and_the_last_token_stays():
-    assert chosen([0.0] * 8, 4, 8, sink=0, local=0.0) == [0, 1, 2, 7]
-    found = [local_tokens(N, local) for N, local in ((100, 0.1), (101, 0.1), (100, 0.07), (5, 0))]
-    assert found == [10, 11, 7, 1], "the share is rounded up, and never nothing"
-
-
 @pytest.mark.parametrize("bad, kept", [(math.nan, [7, 8]), (-math.inf, [7, 8]), (math.inf, [4, 5])])
 def test_a_score_that_is_not_finite_never_pushes_out_a_protected_token(bad, kept):
-    scores = [0.0] * 4 + [bad] * 3 + [-1e30] * 3 + [0.0] * 2
-    assert chosen(scores, 8, 12) == [0, 1, 2, 3, *kept, 10, 11]
+    scores = torch.tensor([[0.0] * 4 + [bad] * 3 + [-1e30] * 3 + [0.0] * 2])
+    found = select(scores, torch.arange(12)[None], 8, 12, Schedule()).tolist()
+    assert found == [0, 1, 2, 3, *kept, 10, 11]
 
 
 # --------------------------------------------------------------------------------------- exactness
@@ -173,7 +143,7 @@ def test_mask_equals_drop_at_every_survivor(tokens, changes):
     ((1, 9), SCHEDULE, "a schedule needs a scorer"),
     ((1, 0), UNPRUNED, "the prompt is empty"),
     ((2, 9), UNPRUNED, "one prompt is read at a time, not 2"),
-    ((1, 513), UNPRUNED, "past this model's 512 positions")])
+    ((1, 513), UNPRUNED, "position 512 is .* this model's 512 positions")])
 def test_prompts_that_are_refused(tiny, shape, schedule, message):
     with pytest.raises(ValueError, match=message):
         prefill(tiny, torch.zeros(shape, dtype=torch.long), schedule)
@@ -259,14 +229,17 @@ def test_committed_predictors_load(folder, files, published, tmp_path):
 def saved(tiny, tmp_path):
     """Near predictors of the tiny model in a file, after blocks 1, 2, 3 and 4."""
     predictors = fresh_predictors(near=True)
-    save_predictors(tmp_path / "predictors.safetensors", predictors, tiny.config, SCHEDULE)
+    save_predictors(tmp_path / "predictors.safetensors", predictors, tiny.config, SCHEDULE,
+                    template="plain", steps=7)
     return tmp_path, predictors
 
 
 def test_near_predictors_and_fewer_stages_are_read_back(saved, tiny, tokens):
     folder, predictors = saved
     for schedule in (None, SCHEDULE, replace(SCHEDULE, stages=2, keep=0.5)):    # SDTP-low
-        again, _ = load_predictors(folder, tiny, schedule)
+        again, metadata = load_predictors(folder, tiny, schedule)
+        assert Schedule(**metadata["schedule"]) == SCHEDULE
+        assert (metadata["template"], metadata["steps"]) == ("plain", "7")
         assert all(isinstance(p, NearPredictor) for p in again)
         ours, theirs = (prefill(tiny, tokens, schedule or SCHEDULE, predictor_scorer(each))[0]
                         for each in (predictors, again))

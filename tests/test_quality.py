@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT, SCHEDULE, TOY, command, predictors_for, tiny_model
+from conftest import ROOT, SCHEDULE, TOKENS, TOY, command, predictors_for, tiny_model
 from infer import generate
 from lab import quality
 from lab.caches import H2OCache, h2o
@@ -25,7 +25,7 @@ from support.runs import Measured
 
 MODEL = tiny_model()
 SETUP = Setup(MODEL, SCHEDULE, predictors_for(MODEL))
-PROMPT = torch.randint(0, 90, (1, 48), generator=torch.Generator().manual_seed(1))
+PROMPT = TOKENS[:, :48]
 ITEM = Item(PROMPT[0].tolist(), [Answer([3, 4, 5], 0)])
 
 
@@ -102,10 +102,10 @@ def test_answers_are_read_on_the_same_caches(cache):
         assert count == len(alone) and not chosen
 
 
-@pytest.mark.parametrize("cache", [KVCache, h2o(0.4), h2o(0.4, 0.0)])
-def test_an_answer_does_not_depend_on_those_before_it(cache):
+def test_an_answer_does_not_depend_on_those_before_it():
+    """Not where it evicts either; where nothing is lost, the test above has said so."""
     def read(some):
-        return read_answers(MODEL, PROMPT, some, SCHEDULE, random_scorer(4), cache)[0]
+        return read_answers(MODEL, PROMPT, some, SCHEDULE, random_scorer(4), h2o(0.4))[0]
     answers = [Answer([9, 8, 7, 6], 2), Answer([3, 4, 5], 0), Answer([9, 8, 7, 6], 2)]
     assert read(answers) == [read([answer])[0] for answer in answers]
 
@@ -288,15 +288,11 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--ckpt", "random:llama-7b"), "random weights are for timings"),
-    (("--task", "lambada"), "'text' is missing"),
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
-    (("--data", "none.jsonl"), "no such data file"),
     (("--lengths", 100), "--lengths does nothing with --task nll: leave it out"),
     (("--task", "lambada", "--sink", "question"), "--sink question is for --task nll"),
     (("--sink", "x"), "invalid tokens_or_question value: 'x'"),
-    (("--task", "lambada", "--min-prompt", 5), "--min-prompt does nothing with --task lambada"),
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),
 ])

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "TEACHING.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "TEACHING.md",
+         ROOT / "results" / "make.sh"]
 
 
 @pytest.mark.parametrize("command", ["python infer.py", "python -m pytest"])

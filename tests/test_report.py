@@ -7,9 +7,6 @@ from conftest import ROOT
 from lab import report
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in report.PAGES}
-MAKE = (ROOT / "results" / "make.sh").read_text(encoding="utf-8")
-
-
 # -------------------------------------------------------------------------------- what is there
 
 
@@ -28,13 +25,6 @@ def test_every_table_stands_on_a_page():
 def test_every_file_in_results_is_shown():
     for path in ROOT.glob("results/*.[jp]*"):                       # JSON and PNG
         assert f"results/{path.name})" in "".join(TEXTS.values()), path
-
-
-def test_make_names_commands_that_are_there():
-    for script in re.findall(r"python (\S+\.py)", MAKE):
-        assert (ROOT / script).is_file(), script
-    for module in re.findall(r"python -m lab\.(\w+)", MAKE):
-        assert (ROOT / "lab" / f"{module}.py").is_file(), module
 
 
 def test_sentences_say_what_was_measured():
@@ -98,7 +88,6 @@ def files(monkeypatch):
 
 
 @pytest.mark.parametrize("options, cells", [
-    ({}, [X, FULL, CUT]),
     ({"ordered": True}, [FULL, X, CUT]),
     ({"only": ["full", "norm@cut"]}, [FULL, CUT]),
 ])

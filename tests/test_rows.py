@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from conftest import TOY
+from conftest import TOY, jsonl
 from support.chat import choose_chat
 from support.rows import PARTS, digest, encode_row, examples, read_rows, row_at
 
@@ -18,15 +18,10 @@ class Letters:
         return [1] * bos + [ord(c) for c in text]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def sixty(tmp_path):
     """Rows q00, q01, ... with contexts of 0, 1 and 2 letters in turn."""
-    return write_rows(tmp_path / "d.jsonl", [
+    return jsonl(tmp_path / "d.jsonl", [
         {"instruction": f"q{i:02d}", "context": "c" * (i % 3), "response": "answer"}
         for i in range(60)])
 
@@ -72,7 +67,7 @@ def test_what_is_left_out_or_cut_is_said_in_one_line(sixty, capsys, asked, said)
 
 
 def test_rows_without_a_response_are_counted_and_no_row_at_all_says_why(tmp_path, sixty, capsys):
-    path = write_rows(tmp_path / "e.jsonl", [{"instruction": "q", "response": "a" * (i % 2)}
+    path = jsonl(tmp_path / "e.jsonl", [{"instruction": "q", "response": "a" * (i % 2)}
                                              for i in range(20)])
     assert len(examples(Letters(), path, "train", PLAIN)) == 9
     assert capsys.readouterr().out == "e.jsonl, train: 9 rows; left out: 9 without a response\n"
@@ -105,7 +100,7 @@ def test_forms_of_rows_and_files(form, write, tmp_path):
 
 
 def test_earlier_turns_stand_in_the_prompt(tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": HOW + WHO}] * 2)
+    path = jsonl(tmp_path / "d.jsonl", [{"messages": HOW + WHO}] * 2)
     example = encode_row(Letters(), read_rows(path)[0], CHATML)
     said = "".join(map(chr, example.tokens.tolist()))
     parts = [said.index(part) for part in ("Be brief.", "Hi", "Hello", "Who?", "Anna")]
@@ -115,7 +110,7 @@ def test_earlier_turns_stand_in_the_prompt(tmp_path):
 def test_texts_that_nobody_reads_are_named(tmp_path, capsys):
     rows = [{"instruction": f"q{i}", "passage": "p", "hint": "h" * (i % 2), "response": "a",
              "input": "", "number": 5} for i in range(20)]
-    examples(Letters(), write_rows(tmp_path / "d.jsonl", rows), "train", PLAIN)
+    examples(Letters(), jsonl(tmp_path / "d.jsonl", rows), "train", PLAIN)
     assert capsys.readouterr().out == "d.jsonl, train: 18 rows; 9 rows whose 'hint' is not read\n"
 
 
@@ -129,7 +124,7 @@ def test_rows_of_an_earlier_split_are_left_out_and_that_is_said(row, tmp_path, c
             for i in range(40)]
     rows[36] |= {"messages": HOW} if "messages" in row else {
         name: text + "!" for name, text in row.items()}
-    path = write_rows(tmp_path / "d.jsonl", rows)
+    path = jsonl(tmp_path / "d.jsonl", rows)
     assert len(examples(Letters(), path, "heldout", CHATML)) == 1
     assert capsys.readouterr().out == f"d.jsonl, heldout: 1 rows; left out: {DOUBLES}\n"
     with pytest.raises(ValueError, match="no validation row .*; left out: 2 with the text of a"):
@@ -138,7 +133,7 @@ def test_rows_of_an_earlier_split_are_left_out_and_that_is_said(row, tmp_path, c
 
 @pytest.mark.parametrize("n, split", [(0, "train"), (1, "train"), (9, "validation")])
 def test_a_file_that_is_too_small_says_so(n, split, tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [{"instruction": str(i), "response": "a"}
+    path = jsonl(tmp_path / "d.jsonl", [{"instruction": str(i), "response": "a"}
                                              for i in range(n)])
     with pytest.raises(ValueError, match=f"d.jsonl: too few rows, {n}, for any {split} ones"):
         read_rows(path, split)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import forked
-from conftest import ROOT, SCHEDULE, TOY, command, fresh_predictors, predictors_for, random_rows
+from conftest import ROOT, SCHEDULE, TOY, command, fresh_predictors, random_rows
 from golden import write_shards
 from prune import load_predictors
 from support import runs
@@ -100,18 +100,6 @@ def test_damaged_tensors_of_predictors_name_their_file(trained, tiny, name, dama
     save_tensors(trained, tensors | ({name: damage(tensor)} if damage else {}), metadata)
     with pytest.raises(ValueError, match=f"{trained}: damaged predictors"):
         load_predictors(trained, tiny)
-
-
-def test_what_is_saved_is_read_back(tiny, tmp_path):
-    predictors = predictors_for(tiny)
-    out = tmp_path / "p.safetensors"
-    runs.save_predictors(out, predictors, tiny.config, SCHEDULE, template="plain", steps=7)
-    loaded, metadata = load_predictors(out, tiny)
-    x = torch.randn(1, 5, 48)
-    assert torch.equal(loaded[2](x), predictors[2](x))
-    assert metadata["template"] == "plain" and metadata["steps"] == "7"
-    assert metadata["schedule"] == {"first": 1, "step": 1, "stages": 4, "keep": 0.8, "sink": 4,
-                                    "local": 0.1}
 
 
 @pytest.mark.parametrize("change, what", [
@@ -204,18 +192,6 @@ def test_predictors_say_when_the_weights_are_others(copied, capsys):
     state["model.layers.11.mlp.down_proj.weight"][5, 5] += 1
     write_shards(copied, state)
     assert told().startswith("p were trained for other weights than a/hf holds")
-
-
-def test_marks_are_remembered_by_row_and_by_what_they_depend_on(tiny):
-    import train
-    calls, rows = [], random_rows(2)
-    marker = runs.remembering(lambda *given: calls.append(1) or train.marking(*given))
-    first = marker(tiny, rows[0], SCHEDULE, RANKING)
-    assert marker(tiny, rows[0], SCHEDULE, RANKING) is first and len(calls) == 1
-    assert first.states and first.logits is None
-    marker(tiny, rows[1], SCHEDULE, RANKING)
-    other = marker(tiny, rows[0], SCHEDULE, Recipe(reduce="norm_g"))
-    assert len(calls) == 3 and other.states is None
 
 
 def test_what_was_measured_is_kept_and_belongs_to_one_command(tmp_path):

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from conftest import SCHEDULE, close, predictors_for, tiny_model
-from lab.scorers import (attention_scorer, expected_scorer, make_scorer, one_cut, oracle_scorer,
+from lab.scorers import (attention_scorer, expected_scorer, make_scorer, one_cut,
                          with_neighbours)
 from model import rotate
 from predictor import score
-from prune import Schedule, prefill
-from saliency import saliency
+from prune import Schedule
 
 MODEL = tiny_model()
 PREDICTORS = predictors_for(MODEL)
@@ -34,12 +33,6 @@ def rank_by_counting(scores):
     """For each of (n,) scores the share of those below it, or equal and earlier."""
     return [sum(other < s or other == s and j < i for j, other in enumerate(scores)) / len(scores)
             for i, s in enumerate(scores)]
-
-
-def test_the_predictor_of_a_stage_is_counted_from_1():
-    x, pos = states()
-    for s, predictor in enumerate(PREDICTORS, start=1):
-        assert torch.equal(made("predictor")(s, x, pos), score(predictor(x)))
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -116,15 +109,6 @@ def test_expected_attention_is_the_mean_over_many_queries():
         weight = torch.exp(drawn @ k[0, h // 2].T / math.sqrt(12)).mean(0)
         scores = scores + weight / weight.sum() * v[0, h // 2].norm(dim=-1)
     assert close(found[0], scores, 1e-3)
-
-
-def test_the_oracle_reads_the_saliency_at_original_positions():
-    tokens = torch.arange(N)[None]
-    s = saliency(MODEL, tokens, 48, SCHEDULE.after(6))
-    _, _, trace = prefill(MODEL, tokens[:, :48], SCHEDULE, oracle_scorer(s))
-    assert len(trace) == 4
-    for row, stage in zip(s, trace):
-        assert stage.scores[0].tolist() == [row[p].item() for p in stage.seen[0]]
 
 
 def test_missing_predictors_are_said():

@@ -1,11 +1,10 @@
 """lab/tasks.py: how rows become prompts and answers, how words are scored, and the passages."""
-import json
 import random
 import sys
 
 import pytest
 
-from conftest import TOY, command
+from conftest import TOY, command, jsonl
 from lab import tasks
 from model import Tokenizer
 from support.chat import choose_chat
@@ -13,11 +12,6 @@ from support.rows import read_rows
 
 TOKENIZER, PLAIN = Tokenizer(TOY), choose_chat(TOY, "plain")
 FOG = "The fog moved behind the green mirrors."
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def text_of(item):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import sentencepiece
 
-from conftest import SMOLLM2, TOY, needs, real_weights
+from conftest import SMOLLM2, TOY, change, needs, real_weights
 from support.tokenizer import FromJson, FromModel, Tokenizer
 
 CONFIG = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 600,
@@ -44,13 +44,8 @@ def texts_with(a, b):
 
 
 TEXTS = [*PLAIN, TURN, "[INST] The fog [/INST]", "x<s></s>y", *texts_with(*CHATML),
-         *texts_with(*INST), *texts_with("</s>", "<unk>"), *texts_with("<|eot_id|>", "<s>")]
-
-
-def change(path, **new):
-    """Set entries of a JSON file, which need not be there."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**old, **new}))
+         *texts_with(*INST), *texts_with("</s>", "<unk>"), *texts_with("<|eot_id|>", "<s>"),
+         *texts_with("<s>", "<s>"), *texts_with(*2 * ["<|begin_of_text|>"])]
 
 
 # ------------------------------------------------------------------------- shrunken tokenizers
@@ -144,6 +139,8 @@ KINDS = {   # model_type, how tokenizer.json puts spaces, tokenizer_config.json
     "OpenHermes": ("mistral", "prepend", {**LLAMA, "legacy": True, "eos_token": "<|im_end|>"}),
     "Mistral 0.2": ("mistral", "prepend", {**LLAMA, "legacy": True}),
     "Mistral 0.3": ("mistral", "first", {**LLAMA, "legacy": False}),
+    "no space in front": ("llama", "prepend",
+                          {**LLAMA, "legacy": False, "add_prefix_space": False}),
     "CodeLlama": ("llama", "prepend", {**LLAMA, "tokenizer_class": "CodeLlamaTokenizer"}),
     "Qwen3, by sentencepiece": ("qwen3", "prepend", {**LLAMA, "legacy": True}),
     "Llama-3": ("llama", None, {**BYTES, "bos_token": "<|begin_of_text|>"}),
@@ -312,17 +309,6 @@ def test_of_added_tokens_beyond_the_vocabulary_the_longest_wins(llama):
     assert Tokenizer(llama).pieces([501, 5]) == ["<m><m>", "\2"]
 
 
-@needs("tokenizers")
-def test_add_prefix_space_false_puts_no_space_in_front(tmp_path, monkeypatch):
-    change(write(tmp_path, "Llama-2") / "tokenizer_config.json", add_prefix_space=False)
-    for tokenizer in readers(tmp_path, monkeypatch):
-        said = pieces(tokenizer, "The fog</s>The", bos=False)
-        assert said[:2] == said[-2:] == ["T", "he"]
-        same_as_transformers(tokenizer, TEXTS)
-        for text in ["  x = 1", *PLAIN, *LANGUAGES]:
-            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
-
-
 def test_pieces_for_use_in_texts_are_found_by_sentencepiece(llama):
     model = trained(user=("<tool>",))
     (llama / "tokenizer.model").write_bytes(model)
@@ -348,12 +334,6 @@ def test_files_that_put_no_space_in_front_are_believed(tmp_path, monkeypatch):
         same_as_transformers(fast, PLAIN)
 
 
-def test_ids_of_the_toy_are_those_of_its_tokenizer_model():
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(TOY / "tokenizer.model"))
-    assert Tokenizer("toy").encode(ENGLISH) == [1, *sp.encode(ENGLISH)]
-    assert Tokenizer("toy").decode(sp.encode(ENGLISH)) == ENGLISH
-
-
 # ------------------------------------------------------------------------------------ begin and end
 
 
@@ -370,16 +350,6 @@ def test_what_begins_a_text_and_stands_for_an_empty_one(new, settings, first, pr
     tokenizer = Tokenizer(llama)
     assert tokenizer.encode("") == first
     assert tokenizer.prefix == prefix
-
-
-@needs("tokenizers")
-@pytest.mark.parametrize("kind, begin", [("Llama-2", "<s>"), ("Llama-3", "<|begin_of_text|>")])
-def test_a_text_that_begins_itself_gets_no_second_begin_token(kind, begin, tmp_path, monkeypatch):
-    for tokenizer in readers(write(tmp_path, kind), monkeypatch):
-        first = [tokenizer.prefix]
-        assert tokenizer.encode(begin) == tokenizer.encode("") == first
-        assert tokenizer.encode(f"{begin}The{begin}").count(*first) == 2
-        assert tokenizer.encode(begin * 2, bos=False) == 2 * first
 
 
 @needs("tokenizers")

@@ -2,7 +2,6 @@
 
 State files that are damaged or of another run: tests/test_runs.py.
 """
-import json
 import math
 import os
 import signal
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import train as T
-from conftest import SCHEDULE, close, command, fresh_predictors, random_rows, tiny_model
+from conftest import SCHEDULE, close, fresh_predictors, random_rows, tiny_model
 from predictor import score
 from prune import Schedule, load_predictors, protected
 from support.files import load_tensors
@@ -269,8 +268,6 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_predictors(mo
 @pytest.mark.parametrize("words, message", [
     (("--lr", "nan"), "--lr and --tau are positive"),
     (("--rank", -1), "weights of losses are not negative"),
-    (("--cls", 0, "--mse", 0, "--rank", 0), "one at least is positive"),
-    (("--data", "none.jsonl"), "no such data file"),
     (("--near",), "near predictors read the marked states alone"),
     (("--steps", 3, "--epochs", 2), "--steps and --epochs each say how long to train"),
 ])
@@ -279,28 +276,15 @@ def test_bad_input_ends_in_one_line(words, message, leaves, tmp_path):
     assert ended.startswith("train.py: ") and message in ended and "\n" not in ended
 
 
-# ------------------------------------------------------------------------------------- the command
-
-
-def test_infer_uses_what_the_command_writes(tmp_path):
-    code, out, err = command("train.py", "--steps", 2, "--accum", 1, "--report-rows", 1, "--json",
-                             "--max-prompt", 420, "--limit", 4, "--out", tmp_path)
-    assert code == 0, err
-    log = json.loads(out)["log"]
-    assert [entry["step"] for entry in log] == [1, 2] and "nll_sdtp" in log[-1]["heldout"]
-    code, _, err = command("infer.py", "--predictors", tmp_path, "--max-new-tokens", 2)
-    assert code == 0, err
-
-
 def test_a_saliency_is_blended_with_those_around_it(tiny, example):
     """Half of it is the mean of the 65 tokens around that may be dropped; the others stay."""
     recipe = Recipe(around=0.5)
     plain = marking(tiny, example, SCHEDULE, recipe).saliency
     mixed = T.blending(marking, window=7)(tiny, example, SCHEDULE, recipe).saliency
-    P = example.prompt_len
-    free = [i for i in range(P) if not protected(torch.tensor([[i]]), P, SCHEDULE)]
+    free = FREE.nonzero()[:, 0].tolist()
     for before, after in zip(plain, mixed):
-        for i in range(P):
-            near = [before[j].item() for j in free if abs(i - j) <= 3]
-            want = (before[i].item() + sum(near) / len(near)) / 2 if i in free else before[i].item()
-            assert after[i].item() == pytest.approx(want, rel=1e-5)
+        want = before.clone()
+        for i in free:
+            near = [j for j in free if abs(i - j) <= 3]
+            want[i] = (before[i] + before[near].mean()) / 2
+        assert torch.allclose(after, want, rtol=1e-5, atol=0)
