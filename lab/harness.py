@@ -80,8 +80,8 @@ class Pruned:
         def now():
             tokens = torch.tensor([context], device=self.setup.model.device)
             seed = int(digest(context), 16)
-            text, used, share, _ = prepare(self.setup, self.arm, tokens, None, seed, {})
-            return share, read(self.setup.model, text, *asked, *used)
+            reading = prepare(self.setup, self.arm, tokens, None, seed, {})
+            return reading.keep, read(reading.model, reading.text, *asked, *reading.how)
 
         share, result = self.measured.get([self.name, context, *asked], now)
         self.shares.append(share)

@@ -28,9 +28,14 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
 scorers: full; predictor, prior:W (the same with a preference of weight W for early tokens; prior
        alone: 0.5), neighbours (the same, averaged with the scores of the tokens around), random,
        recent, earliest, norm, attention, attention16, expected (expected attention);
-       oracle:norm_gx and so on (they need the answer: ceilings, no methods); compress (the
-       predictors' scores, but the tokens leave the text before block 1), truncate (so do all but
-       the first tokens). Each may be followed by @S (only the first S stages; the paper's SDTP-low)
+       oracle:norm_gx and so on (they need the answer: ceilings, no methods).
+       The field's: progressive (LazyLLM: the last token's attention, stage by stage), middle
+       (FastKV: that of the last 8, one cut behind half of the blocks), two-pass (GemFilter: an
+       early block's choice is read as a shorter text), lookahead, lookahead:32 (speculative
+       prefill: --draft looks 8 tokens ahead; by token, or in chunks of 32).
+       A shorter text, as if it were the prompt: compress (by the predictors), truncate (the first
+       tokens), bm25, bm25:passage (what shares words with the question).
+       Each may be followed by @S (only the first S stages; the paper's SDTP-low)
        or @cut (one cut, where the first stage stands, to the same mean number of tokens), and by
        +h2o or +local (KV caches compressed to --h2o, by heavy hitters and recency or by recency
        alone, once the prompt is read: an answer's first token still comes from the whole prompt).
@@ -47,6 +52,7 @@ import copy
 import itertools
 import math
 import re
+import statistics
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,22 +64,25 @@ from torch import nn
 from infer import generate
 from lab import tasks
 from lab.caches import h2o
-from lab.scorers import SCORERS, TRAINED, make_scorer, one_cut, oracle_scorer
-from model import KVCache, Llama, Tokenizer
-from prune import UNPRUNED, Schedule, check, extend, load_pruning, prefill, select
+from lab.scorers import (FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer, known_scorer,
+                         lookahead, make_scorer, one_cut, oracle_scorer, scorer_flops)
+from model import KVCache, Llama, Tokenizer, load
+from prune import (UNPRUNED, Schedule, check, extend, flops, load_pruning, prefill, select)
 from saliency import REDUCE, saliency
 from support import options, runs
 from support.chat import choose_chat
 from support.files import blame, need
-from support.rows import digest, rows_at_hand
+from support.rows import digest, encode_row, rows_at_hand
 from support.weights import find
 
 # -------------------------------------------------------------------------------------------- arms
 
 ORACLES = tuple(f"oracle:{reduce}" for reduce in REDUCE)
-WHOLE = ("full", "compress", "truncate")    # every block reads all that is given to it
-ARMS = (*WHOLE, *SCORERS, *ORACLES)
-NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*)(@[1-9]\d*|@cut)?(\+h2o|\+local)?")
+TEXTS = ("compress", "truncate", "bm25", "two-pass")    # a shorter text is read by every block
+CUTS = {"middle": lambda blocks: blocks // 2, "lookahead": lambda blocks: 0}    # one, after a block
+ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", *SCORERS, *FIELD, *ORACLES)
+NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*|lookahead:[1-9]\d*)(@[1-9]\d*|@cut)?"
+                  r"(\+h2o|\+local)?")
 USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "expected",
          "truncate", "oracle:norm_gx")
 
@@ -114,37 +123,89 @@ class Setup:
     predictors: Optional[nn.ModuleList] = None
     share: float = 0.4              # what +h2o and +local keep of every cache
     new_tokens: int = 0             # generated in every arm; 0: answers are only read
-    tokenizer: Optional[Tokenizer] = None       # to say what was generated
+    tokenizer: Optional[Tokenizer] = None       # to say what was generated, to filter a text
     score: Callable = tasks.f1      # (said, right) -> 0 to 1
+    encode: Optional[Callable] = None           # a row -> Example, with the template of the others
+    draft: Optional[Llama] = None               # lookahead's; the model itself where there is none
+
+
+class Reading(NamedTuple):
+    """How an arm reads a prompt, and what that costs."""
+    model: Llama                    # or lab.scorers.Fronted
+    text: torch.Tensor              # (1, n) what is read of it
+    how: tuple                      # schedule, scorer and kind of cache, for prune.prefill
+    keep: float                     # the mean share of the prompt in a block
+    flops: float                    # of the prefill, a draft or second pass included
+    seconds: float                  # spent before the model reads
 
 
 def prepare(setup, arm, prompt, item, seed, known):
-    """What an arm makes of a prompt (1, N); seed: that of random scores.
+    """What an arm makes of a prompt (1, N) -> Reading; seed: that of random scores.
 
-    known: {oracle: saliency} of the Item, filled by the first arm that needs it. -> the text that
-    is read (1, n); by which schedule, scorer and kind of cache; the mean share of the prompt in a
-    block; the seconds that this took.
+    item: the prompt's Item, None where there is none. known: {oracle: saliency} of it, filled by
+    the first arm that needs it.
     """
     model, blocks, N = setup.model, len(setup.model.blocks), prompt.shape[1]
-    start, name = runs.clock(model.device), arm.scorer
-    text, scorer = prompt, None
+    start, (name, _, size) = runs.clock(model.device), arm.scorer.partition(":")
+    reader, text, scorer, extra = model, prompt, None, 0
     schedule = setup.schedule
     if item and item.pinned:
         schedule = replace(schedule, sink=item.pinned)
-    if name in ORACLES and name not in known:
+    if arm.scorer in ORACLES and arm.scorer not in known:
         right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
-        known[name] = saliency(model, right, N, schedule.after(blocks), name.split(":")[1])
-    schedule = one_cut(schedule, blocks) if arm.cut else replace(schedule, stages=arm.stages)
-    if name in ORACLES:
-        scorer = oracle_scorer(known[name])
-    elif name not in ("full", "truncate"):
-        trained = name.replace("compress", "predictor")
-        scorer = make_scorer(trained, model, schedule, setup.predictors, seed)
-    if name in WHOLE:
-        text = prompt if name == "full" else shortened(model, prompt, schedule, scorer)
-        schedule, scorer = UNPRUNED, None
-    keep = sum(schedule.counts(text.shape[1], blocks)) / blocks / N
-    return text, (schedule, scorer, arm.cache), keep, runs.clock(model.device) - start
+        known[arm.scorer] = saliency(model, right, N, schedule.after(blocks), size)
+    if arm.cut or name in CUTS:
+        schedule = one_cut(schedule, blocks, CUTS.get(name, lambda blocks: None)(blocks))
+    else:
+        schedule = replace(schedule, stages=arm.stages)
+    if arm.scorer in ORACLES:
+        scorer = oracle_scorer(known[arm.scorer])
+    elif name in TEXTS:
+        text, extra = chosen_text(setup, name, size, prompt, item, schedule)
+        schedule = UNPRUNED
+    elif name == "lookahead":
+        draft, reader = setup.draft or model, Fronted(model)
+        scores = lookahead(draft, prompt).to(model.device)
+        scorer = known_scorer(by_chunks(scores, int(size)) if size else scores)
+        extra = flops(draft.config, [N + 8] * len(draft.blocks))
+    elif name != "full":
+        scorer = make_scorer(arm.scorer, model, schedule, setup.predictors, seed)
+    else:
+        schedule = UNPRUNED
+    counts = schedule.counts(text.shape[1], len(reader.blocks))[-blocks:]
+    used = (schedule, setup.predictors) if name in TRAINED else ()
+    cost = flops(model.config, counts, "exact", *used) + extra
+    cost += scorer_flops(name, model.config, schedule, counts)
+    spent = runs.clock(model.device) - start
+    how = schedule, scorer, arm.cache
+    return Reading(reader, text, how, sum(counts) / blocks / N, cost, spent)
+
+
+def chosen_text(setup, name, size, prompt, item, schedule):
+    """The tokens of a prompt (1, N) that are read as a shorter text -> (1, k), FLOPs spent on it.
+    """
+    model, N = setup.model, prompt.shape[1]
+    config, blocks = model.config, len(model.blocks)
+    if name == "truncate":
+        return shortened(model, prompt, schedule), 0
+    if name == "compress":
+        scorer = make_scorer("predictor", model, schedule, setup.predictors)
+        cost = flops(config, [N] * blocks, "exact", schedule, setup.predictors)
+        return shortened(model, prompt, schedule, scorer), cost
+    if name == "two-pass":
+        scores, read = early_layer(model, prompt)
+        share = sum(schedule.counts(N, blocks)) / N - read      # of a prompt, in all blocks
+        need(share > 0, f"its first pass, {read} of {blocks} blocks, costs more than the schedule")
+        k, pos = round(share / blocks * N), torch.arange(N, device=prompt.device)[None]
+        return prompt[:, select(scores, pos, k, N, schedule)], flops(config, [N] * read)
+    need(item and item.row.get("context"), "bm25 chooses from the context of a row, --task nll")
+
+    def count(text):
+        return len(setup.tokenizer.encode(text, bos=False))
+    room = round(sum(schedule.counts(N, blocks)) / blocks) - N + count(item.row["context"])
+    row = tasks.filtered(item.row, size or "sentence", room, count)
+    example = setup.encode(row)
+    return example.tokens[None, :example.prompt_len].to(prompt.device), 0
 
 
 def shortened(model, tokens, schedule, scorer=None):
@@ -209,17 +270,21 @@ def measure(setup, item, names, number):
 def measure_arm(setup, item, name, seed, known):
     """One row under one arm; see `prepare`.
 
-    -> {"answers": see read_answers, "keep": mean share of the prompt in a block}, and where an
-    answer was generated also "said", "score", "prefill_s", "e2e_s".
+    -> {"answers": see read_answers, "keep": mean share of the prompt in a block, "flops": of the
+    prefill, the full model's are 1, "prefill_s"}, and where an answer was generated also "said",
+    "score", "e2e_s".
     """
     model, new = setup.model, setup.new_tokens
     arm = parse_arm(name, setup.schedule.stages, setup.share)
     prompt = torch.tensor([item.prompt], device=model.device)
-    text, used, keep, spent = prepare(setup, arm, prompt, item, seed, known)
-    answers, _ = read_answers(model, text, item.answers, *used)
-    found = {"answers": answers, "keep": keep}
+    reading = prepare(setup, arm, prompt, item, seed, known)
+    model, text, spent = reading.model, reading.text, reading.seconds
+    answers, seconds = read_answers(model, text, item.answers, *reading.how)
+    whole = flops(model.config, [len(item.prompt)] * len(setup.model.blocks))
+    found = {"answers": answers, "keep": reading.keep, "flops": reading.flops / whole,
+             "prefill_s": spent + seconds}
     if new:
-        run = generate(model, text, new, *used, eos=())     # all arms make as many tokens
+        run = generate(model, text, new, *reading.how, eos=())      # all arms make as many tokens
         ids = itertools.takewhile(lambda token: token not in model.config.eos, run.tokens)
         said = setup.tokenizer.decode(list(ids))
         found["said"] = said
@@ -329,7 +394,8 @@ def table(rows, arms, task, score="f1"):
         value, error = ratio(*metric[arm])
         keep = sum(row[arm]["keep"] for row in rows) / len(rows)
         row = {"scorer": arm, "metric": name, "value": value, "stderr": error, "n": len(rows),
-               "mean_keep": keep}
+               "mean_keep": keep, "flops": statistics.fmean(row[arm]["flops"] for row in rows),
+               "prefill_s": statistics.median(row[arm]["prefill_s"] for row in rows)}
         if not name.endswith("speedup"):
             row |= against_full(metric, arm)
         if name == "nll":
@@ -342,22 +408,22 @@ def show(rows):
     """Print the table: a block for each metric, the best arm first."""
     for metric, these in itertools.groupby(rows, lambda row: row["metric"]):
         these = sorted(these, key=lambda row: row["value"], reverse=metric != "nll")
-        print(f"\n{'scorer':18} {metric:>14}             kept   against full         share of gap"
-              "       predictor ahead by")
+        print(f"\n{'scorer':18} {metric:>14}             kept  FLOPs   against full         "
+              "share of gap       predictor ahead by")
         for row in these:
             print(line(row))
 
 
 def line(row):
     text = f"{row['scorer']:18} {row['value']:14.3f}{error(row['stderr'])}"
-    text += f"  {row['mean_keep']:7.1%}"
+    text += f"  {row['mean_keep']:7.1%}  {row['flops']:5.1%}"
     if "vs_full" in row:
         text += f"   {row['vs_full']:+.3f}{error(row['vs_full_stderr'])}"
     if "share_of_gap" in row:
         text += f"   {row['share_of_gap']:8.1%}{error(row['share_stderr'], '.1%')}"
     if "predictor_ahead" in row:
         lead, spread = row["predictor_ahead"], row["predictor_ahead_stderr"]
-        text = f"{text:88}   {lead:+8.1%}{error(spread, '.1%')}"
+        text = f"{text:95}   {lead:+8.1%}{error(spread, '.1%')}"
     return text
 
 
@@ -402,6 +468,8 @@ def quality_options():
     parser.add_argument("--split", choices=("heldout", "validation"), default="heldout",
                         help="which of Dolly's rows: to measure on, or to choose settings by")
     parser.add_argument("--scorers", nargs="+", help="see above; default: the usual ones")
+    parser.add_argument("--draft", metavar="CKPT", help="the model that lookahead asks; it has the "
+                        "same tokenizer (default: the model itself)")
     parser.add_argument("--h2o", type=float, default=0.4, metavar="SHARE",
                         help="what +h2o and +local keep of every KV cache")
     parser.add_argument("--max-new-tokens", type=options.at_least(1), default=64,
@@ -440,6 +508,16 @@ def read_items(args, tokenizer, chat):
             for n, depth in itertools.product(args.lengths, args.depths)]
 
 
+def drafting(args, tokenizer, model):
+    """The model of --draft, None where there is none. Raises ValueError where it cannot draft."""
+    if args.draft is None:
+        return None
+    text = "The quick brown fox, 2 + 2.\n\nZwölf Boxkämpfer"
+    need(Tokenizer(args.draft).encode(text) == tokenizer.encode(text),
+         f"--draft {args.draft}: its tokenizer is not that of {args.ckpt}")
+    return load(args.draft, model.dtype, model.device)
+
+
 def main():
     args = quality_options()
     args.data = args.data or rows_at_hand(args.ckpt)
@@ -451,6 +529,7 @@ def main():
     items = read_items(args, tokenizer, chat)
     need(items, f"{args.data}: no rows")
     model, schedule, predictors = load_pruning(args)
+    draft = drafting(args, tokenizer, model)
     new = args.max_new_tokens if args.task == "long" else 0
     score, named = (tasks.rouge_l(), "rouge_l") if args.rouge else (tasks.f1, "f1")
     lengths = [len(item.prompt) for item in items]
@@ -460,9 +539,11 @@ def main():
     # before the work, not in the midst of it
     model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
                               for item in items))
-    setup = Setup(model, schedule, predictors, args.h2o, new, tokenizer, score)
+    encode = partial(encode_row, tokenizer, chat=chat, question=args.question)
+    setup = Setup(model, schedule, predictors, args.h2o, new, tokenizer, score, encode, draft)
     weights = digest(model, asdict(model.config), predictors or "")
-    run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights]
+    run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights,
+           args.draft]
     store = args.rows_file or Path("out", "quality", f"{digest(run)}.jsonl")
     done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
     rows = table(done, arms, args.task, named)

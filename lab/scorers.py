@@ -1,19 +1,28 @@
-"""Scorers to compare the predictors with: rules without training, and the gradient oracle.
+"""Scorers to compare the predictors with: rules without training, the field's other methods, and
+the gradient oracle.
 
-A scorer is a function (s from 1, x (1, n, D), pos (1, n)) -> scores (1, n); the highest stay.
+A scorer is a function (s from 1, x (1, n, D), pos (1, n)) -> scores (1, n); the highest stay. Some
+methods have one cut instead of stages, before the first block or in the middle (`one_cut`), some
+score the whole prompt in a pass of their own (`lookahead`, `early_layer`).
+
+Shapes: n tokens of the N of a prompt, H query heads, G key/value heads, d head size.
 """
 import math
 from dataclasses import replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from infer import decode
 from model import rotate, visible
-from prune import predictor_scorer
+from prune import predictor_scorer, prefill
 from support.files import need
 
 TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
 SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention", "attention16", "expected")
+FIELD = ("progressive", "middle")                   # the field's, under a schedule of their own
 
 
 def make_scorer(name, model, schedule, predictors=None, seed=0):
@@ -36,6 +45,8 @@ def make_scorer(name, model, schedule, predictors=None, seed=0):
             "norm": norm,
             "attention": attention_scorer(model, schedule),
             "attention16": attention_scorer(model, schedule, last=16),
+            "progressive": attention_scorer(model, schedule, last=1),       # LazyLLM, 2407.14057
+            "middle": attention_scorer(model, schedule, last=8, pool=7),    # FastKV, 2502.01068
             "expected": expected_scorer(model, schedule)}
     return made[kind]
 
@@ -71,22 +82,33 @@ def entered(model, schedule, s, pos):
     return model.blocks[b], model.rope(pos, model.config.max_positions)
 
 
-def attention_scorer(model, schedule, last=None, chunk=256):
+def attention(q, k, pos_q, pos_k, window=None):
+    """What each query gives each key: q (1, H, n, d), k (1, G, m, d) -> (1, H, n, m) fp32."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logit = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+    return logit.masked_fill(~visible(pos_q, pos_k, window), -math.inf).softmax(-1)
+
+
+def averaged(scores, window):
+    """The mean of each score and its neighbours, `window` (odd) in all, fewer at the ends: (1, n).
+    """
+    return F.avg_pool1d(scores, window, 1, window // 2, count_include_pad=False)
+
+
+def attention_scorer(model, schedule, last=None, pool=1, chunk=256):
     """The attention that a token would receive in the block after the stage.
 
-    It is summed over heads and (the `last`) queries, `chunk` queries at a time.
+    It is summed over heads and (the `last`) queries, `chunk` queries at a time, and averaged over
+    `pool` neighbours.
     """
     def scorer(s, x, pos):
         block, rope = entered(model, schedule, s, pos)
         q, k, _ = block.qkv(x, rope)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)            # (1, H, n, d)
         first = -(last or pos.shape[1])
         received = torch.zeros(pos.shape, device=x.device)
         for some, at in zip(q[:, :, first:].split(chunk, 2), pos[:, first:].split(chunk, 1)):
-            logit = (some @ k.mT).float() / math.sqrt(q.shape[-1])      # (1, H, chunk, n)
-            see = visible(at, pos, rope.window)
-            received += logit.masked_fill(~see, -math.inf).softmax(-1).sum((1, 2))
-        return received
+            received += attention(some, k, at, pos, rope.window).sum((1, 2))
+        return averaged(received, pool)
     return scorer
 
 
@@ -120,6 +142,98 @@ def oracle_scorer(saliency):
     return lambda s, x, pos: saliency[s - 1][pos]
 
 
+# ------------------------------------------------------------------- scores of the whole prompt
+
+
+@torch.no_grad()
+def lookahead(draft, tokens, new=8, pool=13):
+    """Speculative prefill (2502.02789): what the tokens that a draft model says next look at.
+
+    A token's score is the attention that it receives from each of `new` greedy tokens, averaged
+    over `pool` neighbours, the highest of all heads and blocks, and then the mean over the tokens:
+    tokens (1, N) -> (1, N). The draft reads the whole prompt; its tokenizer is the model's.
+    """
+    N = tokens.shape[1]
+    logits, caches, _ = prefill(draft, tokens, room=new)
+    said = torch.tensor([list(islice(decode(draft, logits, caches, N), new))], device=draft.device)
+    pos = torch.arange(N + new, device=draft.device)[None]
+    rope, x, best = draft.rope(pos[:, N:], N + new), draft.embed(said), logits.new_zeros(())
+    for block, cache in zip(draft.blocks, caches):
+        cache.n = N                 # decode has read all but the last of them: once more, together
+        q, _, _ = block.qkv(x, rope)
+        x = block(x, rope, cache.attend)
+        given = attention(q, cache.k, pos[:, N:], pos, rope.window)[0, ..., :N]     # (H, new, N)
+        best = torch.maximum(best, averaged(given, pool).amax(0))
+    return best.mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def early_layer(model, tokens, share=13 / 32):
+    """GemFilter (2409.17422): the last token's attention in one block, to each token of a prompt.
+
+    share: of the blocks, where that block stands. (1, N) -> (1, N), and how many blocks were read.
+    The tokens that it chooses are then read from the first block on, as a shorter text.
+    """
+    N, b = tokens.shape[1], round(share * len(model.blocks))
+    pos = torch.arange(N, device=tokens.device)[None]
+    rope, x = model.rope(pos, N), model.embed(tokens)
+    for block in model.blocks[:b]:
+        x = block(x, rope)
+    q, k, _ = model.blocks[b].qkv(x, rope)
+    return attention(q[:, :, -1:], k, pos[:, -1:], pos, rope.window).sum((1, 2)), b
+
+
+# Queries whose attention a scorer asks for; expected attention's mean and covariance cost as 2 d.
+QUERIES = {"attention": None, "attention16": 16, "progressive": 1, "middle": 8}
+
+
+def scorer_flops(name, config, schedule, counts):
+    """What an attention rule's own products cost, at all stages; 0 for the other scorers."""
+    q, kv = (heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
+    queries, total = QUERIES | {"expected": 2 * config.head_dim}, 0
+    for b in schedule.after(len(counts)) if name in queries else ():
+        n = counts[b - 1]
+        total += 2 * n * config.dim * (q + 2 * kv) + 2 * q * n * (queries[name] or n)
+    return total
+
+
+def by_chunks(scores, size=32):
+    """Scores of whole chunks of a prompt, so that neighbours stay together: (1, N) -> (1, N)."""
+    N = scores.shape[1]
+    chunk = torch.arange(N, device=scores.device) // size
+    means = scores.new_zeros(1, N).index_add_(1, chunk, scores) / chunk.bincount(minlength=N)
+    return means[:, chunk]
+
+
+def known_scorer(scores):
+    """Scores of the prompt's tokens, (1, N), that were known before the prompt was read."""
+    return lambda s, x, pos: scores[:, pos[0]]
+
+
+class Front(nn.Module):
+    """A block that changes nothing and caches nothing."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+
+    def forward(self, x, rope, attend):
+        return x
+
+
+class Fronted:
+    """A model with such a block in front: a stage after it drops tokens before the first block.
+
+    The survivors keep their positions. It is what prune.prefill and prune.extend ask of a model.
+    """
+
+    def __init__(self, model):
+        self.blocks = [Front(model.blocks[0].c), *model.blocks]
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.embed, self.logits, self.rope = model.embed, model.logits, model.rope
+        self.check_positions = model.check_positions
+
+
 # --------------------------------------------------------------------------------- beyond the paper
 
 
@@ -143,9 +257,7 @@ def with_neighbours(scorer, share=0.6, window=33):
     """
     def scores(s, x, pos):
         rank = ranks(scorer(s, x, pos))
-        sums, counts = (F.avg_pool1d(each, window, 1, window // 2)      # fewer at the ends of a row
-                        for each in (rank, torch.ones_like(rank)))
-        return (1 - share) * rank + share * sums / counts
+        return (1 - share) * rank + share * averaged(rank, window)
     return scores
 
 
@@ -157,15 +269,17 @@ def ranks(scores):
 # ---------------------------------------------------------------------------------------- schedules
 
 
-def one_cut(schedule, blocks):
-    """One stage, after the same block as the schedule's first, that costs as much.
+def one_cut(schedule, blocks, after=None):
+    """One stage that costs as much: it leaves as many tokens in the mean block.
 
-    It leaves what the schedule leaves in the mean of the blocks behind it. A schedule without
-    stages stays.
+    after: the block that it stands after, 0 for before the first; the schedule's first stage by
+    default. A schedule without stages stays. Raises ValueError where a cut there comes too late.
     """
-    after = schedule.after(blocks)
-    if not after:
+    places = schedule.after(blocks)
+    if not places:
         return schedule
+    after = places[0] if after is None else after
     many = 10**6                    # tokens of a prompt so long that no protected one matters
-    behind = schedule.counts(many, blocks)[after[0]:]
-    return replace(schedule, stages=1, keep=sum(behind) / len(behind) / many)
+    keep = (sum(schedule.counts(many, blocks)) / many - after) / (blocks - after)
+    need(keep > 0, f"one cut after block {after} of {blocks} leaves more tokens than the schedule")
+    return replace(schedule, first=max(1, after), stages=1, keep=keep)

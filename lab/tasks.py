@@ -22,6 +22,7 @@ order. The file has rows {instruction, context, response} whose splits are read_
     --alone question    the question alone: what the model knows without reading
 """
 import json
+import math
 import random
 import re
 import string
@@ -44,15 +45,16 @@ class Item(NamedTuple):
     answers: list                   # of Answer
     texts: tuple = ()               # reference answers, for F1 and ROUGE-L
     pinned: int = 0                 # first tokens that must not be dropped
+    row: dict = {}                  # what the prompt was made of
 
 
-def as_item(tokens, prompt_len, pinned=0, texts=(), start=0):
+def as_item(tokens, prompt_len, pinned=0, row={}, texts=(), start=0):
     """Token ids, of which the first prompt_len are the prompt, the others its only answer.
 
     start: the first token of the answer that counts.
     """
     ids = [int(token) for token in tokens]
-    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), pinned)
+    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), pinned, row)
 
 
 # --------------------------------------------------------------------------- LAMBADA and plain text
@@ -189,6 +191,40 @@ def hidden(text, depth, sentence):
     before, after = text[:cut], text[cut:]
     space = before[-1:].strip() and " "
     return f"{before}{space}{sentence} {after}".rstrip()
+
+
+# ------------------------------------------------------------------------- a text that is filtered
+
+UNITS = {"sentence": r"[.!?]\s+|\n\n", "passage": r"\n\n"}        # how one ends
+
+
+def filtered(row, unit, room, count):
+    """A row whose context has only the units that BM25 ranks first, in order, in `room` tokens.
+
+    count(text): how many tokens it has. A unit that does not fit any more is left out.
+    """
+    units = re.findall(rf".+?(?:{UNITS[unit]}|$)", row["context"], re.DOTALL)
+    scores, chosen = bm25(row["instruction"], units), set()
+    for i in sorted(range(len(units)), key=lambda i: -scores[i]):
+        n = count(units[i])
+        if n <= room:
+            chosen.add(i)
+            room -= n
+    return row | {"context": "".join(units[i] for i in sorted(chosen))}
+
+
+def bm25(question, texts, k=1.5, b=0.75):
+    """Okapi BM25: how well each text suits a question, by its words -> a list of scores."""
+    bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    mean = sum(bag.total() for bag in bags) / len(bags)
+    scores = [0.0] * len(bags)
+    for word in set(re.findall(r"\w+", question.lower())):
+        found = sum(word in bag for bag in bags)
+        rarity = math.log(1 + (len(bags) - found + 0.5) / (found + 0.5))
+        for i, bag in enumerate(bags):
+            length = 1 - b + b * bag.total() / mean
+            scores[i] += rarity * bag[word] * (k + 1) / (bag[word] + k * length)
+    return scores
 
 
 # ------------------------------------------------------------------------- the model's own words

@@ -35,6 +35,7 @@ class Example(NamedTuple):
     tokens: torch.Tensor            # (N,) prompt, then response
     prompt_len: int
     pinned: int = 0                 # first tokens that must not be dropped, where that is asked for
+    row: dict = {}                  # what it was made of
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -168,7 +169,7 @@ def encode_row(tokenizer, row, chat, max_response=96, question="first", pin=Fals
     prompt = ids(row)
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
     pinned = len(commonprefix([ids(row | {"context": other}) for other in "0x"])) if pin else 0
-    return Example(torch.tensor(prompt + response), len(prompt), pinned)
+    return Example(torch.tensor(prompt + response), len(prompt), pinned, row)
 
 
 def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_response=96,

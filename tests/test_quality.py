@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT, SCHEDULE, TOKENS, TOY, command, predictors_for, tiny_model
 from infer import generate
@@ -17,7 +19,7 @@ from lab.quality import Setup, measure, parse_arm, prepare, ratio, read_answers,
 from lab.scorers import one_cut, random_scorer
 from lab.tasks import Answer, Item
 from model import KVCache
-from prune import UNPRUNED, nll
+from prune import UNPRUNED, nll, prefill
 from saliency import saliency
 from support import options
 from support.files import load_tensors, save_tensors
@@ -51,7 +53,7 @@ def test_arms_that_say_nothing_are_refused(name):
 
 def prepared(name, known=None):
     """-> text, (schedule, scorer, cache), keep."""
-    return prepare(SETUP, parse_arm(name, 4), PROMPT, ITEM, 7, known or {})[:3]
+    return prepare(SETUP, parse_arm(name, 4), PROMPT, ITEM, 7, known or {})[1:4]
 
 
 def test_what_an_arm_makes_of_a_prompt():
@@ -77,6 +79,18 @@ def test_truncation_and_compression_keep_the_mean_count_and_the_protected():
     def scorer(s, x, pos):      # stage 1 alone prefers late tokens; how far does not count
         return (pos if s == 1 else -pos).float() / 10 ** s
     assert torch.equal(shortened(MODEL, PROMPT, SCHEDULE, scorer), first)
+
+
+@pytest.mark.parametrize("name", [
+    "full", "random", "predictor", "compress", "truncate", "two-pass", "lookahead", "middle"])
+def test_flops_of_an_arm(name):
+    """Nearly those of all products: of attention's only the pairs that are seen count."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        reading = prepare(SETUP, parse_arm(name, 4), PROMPT, ITEM, 7, {})
+        prefill(reading.model, reading.text, *reading.how[:2])
+    whole = counter.get_total_flops()
+    assert 0.8 * whole < reading.flops < whole
 
 
 def test_an_oracle_reads_the_saliency_of_the_first_answer_once_a_row():
@@ -150,7 +164,8 @@ def test_ratio_estimator():
 
 def row_of(sums, chosen=(), **more):
     """A measured row: {arm: the negative log-likelihood of an answer of 4 tokens}."""
-    return {arm: {"answers": [[-value, 4, arm in chosen]], "keep": 0.5, **more}
+    return {arm: {"answers": [[-value, 4, arm in chosen]], "keep": 0.5, "flops": 0.4,
+                  "prefill_s": 1.0, **more}
             for arm, value in sums.items()}
 
 
@@ -171,7 +186,7 @@ def test_table_of_likelihoods(capsys):
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert [text.split()[0] for text in lines] == list(done[0])
     assert " ".join(lines[2].split()[1:]) == (
-        "2.000 +- 0.144 50.0% +0.750 +- 0.000 25.0% +- 0.0% +25.0% +- 0.0%")
+        "2.000 +- 0.144 50.0% 40.0% +0.750 +- 0.000 25.0% +- 0.0% +25.0% +- 0.0%")
 
 
 def test_an_accuracy_has_a_difference_and_no_share():
@@ -217,7 +232,8 @@ def test_a_killed_run_goes_on_and_measures_no_row_twice(tmp_path, monkeypatch):
 
     def rows(path, n):
         store = Measured(path, "settings")
-        return quality.measure_rows(SETUP, items[:n], ["full", "random"], store)
+        found = quality.measure_rows(SETUP, items[:n], ["full", "random"], store)
+        return [[arm["answers"] for arm in row.values()] for row in found]
     whole = rows(tmp_path / "whole.jsonl", 4)
     rows(log, 2)
     with log.open("a") as file:
@@ -276,7 +292,8 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     data = tmp_path / "d.jsonl"
     data.write_text(f"{json.dumps(row)}\n" * 2)
     monkeypatch.setattr(options, "print_json", lambda args, model, told: result.update(told))
-    arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot"]
+    arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot", "lookahead:32",
+            "two-pass", "middle"]
     shape = {"long": "--max-prompt 100 --max-response 9 --max-new-tokens 3", "lambada": "",
              "text": "--max-prompt 100 --max-response 9", "needle": "--depths 0 100 --lengths 150"}
     words = f"quality.py --task {task} --data {data} {shape[task]} --rows-file {tmp_path / 'rows'}"

@@ -1,16 +1,19 @@
 """lab/scorers.py: every scorer against a slow loop, and one cut that costs what stages cost."""
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import SCHEDULE, close, predictors_for, tiny_model
-from lab.scorers import (attention_scorer, expected_scorer, make_scorer, one_cut,
+from conftest import SCHEDULE, TOKENS, close, predictors_for, tiny_model
+from lab.scorers import (Fronted, attention_scorer, by_chunks, early_layer, expected_scorer,
+                         known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
                          with_neighbours)
 from model import rotate
 from predictor import score
-from prune import Schedule
+from prune import Schedule, extend, prefill
 
 MODEL = tiny_model()
 PREDICTORS = predictors_for(MODEL)
@@ -73,22 +76,34 @@ def test_neighbours_are_averaged_one_by_one(share, window):
     assert share != 0.6 or torch.equal(found, made("neighbours")(1, x, pos))
 
 
-@pytest.mark.parametrize("name, last", [("attention", None), ("attention16", 16)])
+def given(q, k, at, window=None):
+    """The attention of the last of the queries (n, d) to each key (n, d), at positions: a list."""
+    i = len(at) - 1
+    seen = [j for j in range(i + 1) if window is None or at[i] - at[j] < window]
+    e = {j: math.exp(q[i] @ k[j] / math.sqrt(12)) for j in seen}
+    return [e.get(j, 0.0) / sum(e.values()) for j in range(len(at))]
+
+
+def pooled(values, window):
+    around = [values[max(0, i - window // 2):i + window // 2 + 1] for i in range(len(values))]
+    return [sum(each) / len(each) for each in around]
+
+
+@pytest.mark.parametrize("name, last, pool", [
+    ("attention", None, 1), ("attention16", 16, 1), ("progressive", 1, 1), ("middle", 8, 7)])
 @pytest.mark.parametrize("window", [None, 11])
-def test_attention_that_a_token_receives(name, last, window):
+def test_attention_that_a_token_receives(name, last, pool, window):
     """By a loop over heads and queries, in the block that is next: the third behind stage 2."""
     model, (x, pos) = tiny_model(window=window), states()
     q, k, _ = model.blocks[2].qkv(x, model.rope(pos, N))
     slow, at = [0.0] * 41, pos[0].tolist()
     for h in range(4):
         for i in range(41 - (last or 41), 41):
-            seen = [j for j in range(i + 1) if window is None or at[i] - at[j] < window]
-            e = [math.exp(q[0, h, i] @ k[0, h // 2, j] / math.sqrt(12)) for j in seen]
-            for j, value in zip(seen, e):
-                slow[j] += value / sum(e)
+            for j, value in enumerate(given(q[0, h], k[0, h // 2], at[:i + 1], window)):
+                slow[j] += value
     found = make_scorer(name, model, SCHEDULE)(2, x, pos)[0]
-    assert found.tolist() == pytest.approx(slow, rel=1e-4, abs=1e-5)
-    pieces = attention_scorer(model, SCHEDULE, last, chunk=7)(2, x, pos)[0]
+    assert found.tolist() == pytest.approx(pooled(slow, pool), rel=1e-4, abs=1e-5)
+    pieces = attention_scorer(model, SCHEDULE, last, pool, chunk=7)(2, x, pos)[0]
     assert close(pieces, found, 1e-5)
 
 
@@ -111,6 +126,65 @@ def test_expected_attention_is_the_mean_over_many_queries():
     assert close(found[0], scores, 1e-3)
 
 
+def test_a_lookahead_is_what_the_next_tokens_look_at():
+    """By loops over a whole pass of prompt and greedy tokens: no cache, no batch of queries."""
+    row = TOKENS[:, :40]
+    for _ in range(3):
+        row = torch.cat((row, MODEL(row)[:, -1].argmax(-1, keepdim=True)), 1)
+    x, rope = MODEL.embed(row), MODEL.rope(torch.arange(43)[None], 43)
+    slow = [[0.0] * 40 for _ in range(3)]
+    for block in MODEL.blocks:
+        q, k, _ = block.qkv(x, rope)
+        for h in range(4):
+            for i, best in enumerate(slow):
+                end = 41 + i
+                each = pooled(given(q[0, h], k[0, h // 2], list(range(end)))[:40], 13)
+                slow[i] = [max(pair) for pair in zip(best, each)]
+        x = block(x, rope)
+    found = lookahead(MODEL, TOKENS[:, :40], new=3)[0]
+    assert found.tolist() == pytest.approx([sum(each) / 3 for each in zip(*slow)], rel=1e-4)
+    chunks = by_chunks(found[None], 16)[0]
+    for start in (0, 16, 32):
+        part = slice(start, start + 16)
+        assert close(chunks[part], found[part].mean().expand(len(found[part])), 1e-6)
+
+
+def test_the_early_layer_asks_the_last_token_in_one_block():
+    found, b = early_layer(MODEL, TOKENS, share=1 / 3)
+    x, rope = MODEL.embed(TOKENS), MODEL.rope(torch.arange(60)[None], 60)
+    for block in MODEL.blocks[:2]:
+        x = block(x, rope)
+    q, k, _ = MODEL.blocks[2].qkv(x, rope)
+    each = [given(q[0, h], k[0, h // 2], list(range(60))) for h in range(4)]
+    assert b == 2 and found[0].tolist() == pytest.approx([sum(one) for one in zip(*each)], rel=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_cut_before_the_first_block_reads_the_survivors_at_their_positions(keep):
+    """keep 1.0 is the whole model, bit for bit; else all blocks see the chosen tokens alone."""
+    scores, model = torch.rand(1, 48, generator=torch.Generator().manual_seed(3)), Fronted(MODEL)
+    cut = Schedule(1, 1, 1, keep)
+    logits, caches, trace = prefill(model, TOKENS[:, :48], cut, known_scorer(scores), room=4)
+    pos = torch.cat((trace[0].kept, torch.arange(48, 52)[None]), 1)
+    x, rope = MODEL.embed(torch.cat((TOKENS[:, trace[0].kept[0]], TOKENS[:, 48:52]), 1)), None
+    for block in MODEL.blocks:
+        rope = MODEL.rope(pos, 52)
+        x = block(x, rope)
+    found = torch.cat((logits[:, None], extend(model, TOKENS[:, 48:52], 48, caches)), 1)
+    assert close(found, MODEL.logits(x[:, -5:]), 1e-5) and trace[0].kept.shape[1] == 48 * keep
+    if keep == 1.0:
+        assert torch.equal(logits, prefill(MODEL, TOKENS[:, :48])[0])
+
+
+@pytest.mark.parametrize("name", ["attention", "progressive", "middle", "norm"])
+def test_flops_of_a_rule_are_those_of_its_products(name):
+    schedule, n, counter = Schedule(2, 1, 1, 0.5), 48, FlopCounterMode(display=False)
+    x, pos = torch.randn(1, n, 48), torch.arange(n)[None]
+    with counter:
+        make_scorer(name, MODEL, schedule)(1, x, pos)
+    assert scorer_flops(name, MODEL.config, schedule, [n] * 6) == counter.get_total_flops()
+
+
 def test_missing_predictors_are_said():
     for name in ("predictor", "prior:2", "neighbours"):
         with pytest.raises(ValueError, match="no trained predictors"):
@@ -126,3 +200,10 @@ def test_one_cut_costs_as_much_as_the_stages(schedule, blocks):
         ours, theirs = sum(cut.counts(n, blocks)), sum(schedule.counts(n, blocks))
         assert abs(ours - theirs) <= blocks
     assert one_cut(Schedule(stages=0), blocks) == Schedule(stages=0)
+    for after in (0, blocks // 3):
+        cut = one_cut(schedule, blocks, after)
+        share = (after + cut.keep * (blocks - after)) / blocks
+        assert share == pytest.approx(sum(schedule.counts(10**6, blocks)) / blocks / 10**6)
+        assert cut.first == max(1, after)
+    with pytest.raises(ValueError, match=f"one cut after block {blocks - 1} of {blocks} leaves"):
+        one_cut(replace(schedule, keep=0.1), blocks, blocks - 1)

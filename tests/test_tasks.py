@@ -1,4 +1,5 @@
 """lab/tasks.py: how rows become prompts and answers, how words are scored, and the passages."""
+import math
 import random
 import sys
 
@@ -239,3 +240,26 @@ def test_too_few_rows_are_refused(dolly, tmp_path):
     few.write_text("".join(dolly.read_text().splitlines(True)[:60]))
     code, _, err = command("-m", "lab.tasks", "--data", few, "--out", tmp_path / "o.jsonl")
     assert code == 1 and "too few passages in its heldout rows" in err and "Traceback" not in err
+
+
+# ----------------------------------------------------------------------------------- filtered text
+
+
+def test_bm25_by_hand():
+    """Three texts of 2, 2 and 4 words; a rare word counts more, in a short text more."""
+    found = tasks.bm25("Who sells maps?", ["Anna sells", "maps maps", "the fog sells nothing"])
+    rare, common = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)
+    short, long = 1.5 * (0.25 + 0.75 * 2 / (8 / 3)), 1.5 * (0.25 + 0.75 * 4 / (8 / 3))
+    assert found == pytest.approx([common * 2.5 / (1 + short), rare * 5 / (2 + short),
+                                   common * 2.5 / (1 + long)])
+
+
+@pytest.mark.parametrize("unit, room, left", [
+    ("sentence", 6, "Anna sells maps. Snow fell.\n\n"), ("sentence", 3, "Anna sells maps. "),
+    ("sentence", 99, None), ("passage", 8, "Fog came. Anna sells maps. Snow fell.\n\n"),
+    ("passage", 6, "Nobody sells the green hats")])
+def test_a_filtered_context_holds_what_suits_the_question_in_order(unit, room, left):
+    context = "Fog came. Anna sells maps. Snow fell.\n\nNobody sells the green hats"
+    row = {"instruction": "What maps does Anna sell? Snow", "context": context}
+    found = tasks.filtered(row, unit, room, lambda text: len(text.split()))
+    assert found == row | {"context": context if left is None else left}
