@@ -5,7 +5,7 @@ sells what, then a question about one or two of these people. So the truth about
 matter is known, and an answer is right or wrong as a whole. Everything is made here: tokenizer,
 weights, training rows for the predictors.
 
-    python checkpoints/toy.py                # pretrain (22 minutes on one core) and write it
+    python checkpoints/toy.py                # pretrain (an hour on one core) and write it
     python checkpoints/toy.py --eval 500     # exact answers on fresh prompts, by every scorer
 
 Shapes: B rows of N tokens; only pretraining reads several rows at once.
@@ -105,11 +105,16 @@ TEMPLATE = ("{% if messages[1:] %}{{ raise_exception('it has no place for a syst
 
 # Retrieval does not come by itself. First copying: random tokens repeated at one fixed distance
 # (easy: look back 16), then at any distance (which takes an induction head). Then stories, from
-# two facts in 48 tokens to six in 560. Each step up is taken when the answers are right.
+# two facts in 48 tokens to six in 2,000. Each step up is taken when the answers are right.
 COPY_UNTIL = (0.3, 0.4)             # the loss at which each of the two copying phases ends
 LEVELS = (                          # tokens, facts, sentences with the facts, questions
     (48, 2, 2, 2), (64, 3, 3, 2), (96, 4, 4, 3), (128, 4, 5, 4),
-    (192, 5, 11, 4), (256, 6, 16, 4), (384, 6, 24, 5), (560, 6, 38, 5))
+    (192, 5, 11, 4), (256, 6, 16, 4), (384, 6, 24, 5), (560, 6, 38, 5),
+    (900, 6, 52, 16), (1400, 6, 96, 16), (2040, 6, 144, 20))
+# Long stories are too hard at the peak learning rates, which fall from the first of these on. The
+# embeddings and two blocks stay as they are by then: long stories would let fade what they tell of
+# a word, those before it, and the first stage is to score a fact by that.
+COOL = 8
 BACKGROUND = 0.05                   # weight in the loss of a token outside the answers
 
 
@@ -147,11 +152,34 @@ def fresh_model(sp):
     return model
 
 
+class Muon(torch.optim.SGD):
+    """Each gradient (n, m), smoothed, becomes about the nearest orthogonal matrix.
+
+    torch.optim.Muon takes its five Newton-Schulz steps in bfloat16, on a CPU ten times as slowly.
+    """
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:          # else it no longer learns
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                p.grad = orthogonal(p.grad.lerp(mean, 0.95))
+        super().step()
+
+
+def orthogonal(x):
+    """About the nearest orthogonal matrix, of the size that Muon gives it: (n, m) -> (n, m)."""
+    x = F.normalize(x, dim=(0, 1))
+    for _ in range(5):
+        gram = x.mT @ x
+        x = 3.4445 * x + x @ (2.0315 * gram @ gram - 4.775 * gram)
+    return x * max(1, len(x) / len(x.T)) ** 0.5
+
+
 def make_optimizers(model):
     """Muon for the blocks' matrices, AdamW for the rest, at their peak learning rates."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.dim() == 1)]
-    return (torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+    return (Muon(matrices, lr=0.02),
             torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0))
 
 
@@ -173,7 +201,7 @@ def learn(model, optimizers, rate, tokens, weight):
     return loss.item(), hits[weight == 1].float().mean().item()
 
 
-def pretrain(seed, quiet, cooldown=400):
+def pretrain(seed, quiet, cooldown=600):
     """Pretrain from nothing; writes the tokenizer and returns the model."""
     sp = make_tokenizer(seed)
     torch.manual_seed(seed)
@@ -192,7 +220,7 @@ def pretrain(seed, quiet, cooldown=400):
         if phase < 2:
             rows = [copy_row(rng, used, phase) for _ in range(32)]
         else:
-            rows = [story_row(rng, sp, level) for _ in range(max(4, 4096 // LEVELS[level][0]))]
+            rows = [story_row(rng, sp, level) for _ in range(4096 // LEVELS[level][0])]
         tokens, weight = torch.tensor(rows).unbind(-1)
         rate = min(1.0, step / 30, (end - step + 1) / cooldown)
         loss, share = learn(model, optimizers, rate, tokens.long(), weight)
@@ -205,8 +233,10 @@ def pretrain(seed, quiet, cooldown=400):
             right = 0.9 * right + 0.1 * share
             if LEVELS[hardest + 1:] and right > 0.972:
                 hardest, right = hardest + 1, 0
-            elif right > 0.98:
-                end = min(end, step + cooldown)
+        if hardest == COOL and model.embed.weight.requires_grad:
+            end = min(end, step + cooldown)
+            model.embed.requires_grad_(False)
+            model.blocks[:2].requires_grad_(False)
     return model
 
 
@@ -220,12 +250,14 @@ def write(model, seed):
     (TOY / "chat_template.jinja").write_text(TEMPLATE)
     rng = random.Random(seed + 2)
     with open(TOY / "train.jsonl", "w") as file:
-        for _ in range(400):
-            sentences, facts = story(rng, 6, rng.randint(30, 38))
+        # Short rows to train on: more of them for the time, and facts are more of their tokens. The
+        # last 10%, which are held out, are as long as the prompts that get pruned.
+        for i in range(400):
+            sentences, facts = story(rng, 6, rng.randint(12, 20) if i < 360 else 131)
             question, answer = ask(rng, facts)
             row = {"instruction": " ".join([*sentences, question]), "response": answer}
             print(json.dumps(row), file=file)
-    sentences, facts = story(rng, 6, 38)
+    sentences, facts = story(rng, 6, 131)
     demo = {"text": " ".join(sentences),
             "questions": [[f"Question: what does {name} sell? Answer:", fact]
                           for name, fact in facts.items()]}
@@ -240,7 +272,7 @@ def fresh_prompt(rng, tokenizer, least):
 
     -> tokens (1, N) with the answer, prompt_len, positions of the asked facts' tokens
     """
-    prompt, n_sentences = [], 30
+    prompt, n_sentences = [], 6 + least // 13
     while len(prompt) < least:
         sentences, facts = story(rng, 6, n_sentences)
         question, answer = ask(rng, facts)
@@ -279,7 +311,7 @@ def evaluate(args):
     """Exact answers on fresh prompts, every scorer on the same ones."""
     model, schedule, predictors = load_pruning(args)
     tokenizer, rng = Tokenizer(args.ckpt), random.Random(args.seed + 1_000_000)
-    prompts = [fresh_prompt(rng, tokenizer, 400) for _ in range(args.eval)]
+    prompts = [fresh_prompt(rng, tokenizer, 1500) for _ in range(args.eval)]
     print(f"{'scorer':12} exact answers   asked facts' tokens kept to the end")
     rows = []
     for name in ("full", *SCORERS):
@@ -294,7 +326,7 @@ def main():
         "--seed", type=int, default=0,
         help="of the text, the weights and, with --eval, the fresh prompts (plus one million)")
     parser.add_argument("--eval", type=options.at_least(1),
-                        help="do not pretrain; answer so many fresh prompts of 400 tokens")
+                        help="do not pretrain; answer so many fresh prompts of 1,500 tokens")
     options.add_pruning_options(parser)
     args = parser.parse_args()
     if args.eval:

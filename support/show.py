@@ -128,8 +128,9 @@ def survivors_text(pieces, stage_of, stages, most=300):
         legend = map(paint, legend, range(1, stages + 1))
     else:
         shown = ["\u00b7" if s else piece for piece, s in zip(pieces, stage_of)]
-    if len(shown) > most:
-        shown[most // 2:-most // 2] = [f" [... {len(shown) - most} tokens ...] "]
+    left_out, head = len(shown) - most, 2 * most // 3
+    if left_out > 0:
+        shown[head:head + left_out] = [f" [... {left_out} tokens ...] "]
     count = f"kept to the end: {stage_of.count(0)} of {len(stage_of)}"
     dot = "" if color else "a dot is a dropped token; "
     return "".join(shown) + f"\n\n{dot}{count}; dropped by " + ", ".join(legend)

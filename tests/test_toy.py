@@ -57,6 +57,20 @@ def test_rows_of_pretraining_carry_the_loss_where_it_belongs():
         assert "sells" in tokenizer.decode([token for token, weight in row if weight == 1])
 
 
+def test_the_step_of_a_matrix_is_that_of_torchs_muon():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.ParameterList(torch.zeros(n, 32) for n in (16, 48)) for _ in "ab")
+    here, there = toy.Muon(ours, 1.0), torch.optim.Muon(theirs, 1.0, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        here.step()
+        there.step()
+    for p, q in zip(ours, theirs):
+        assert (p - q).norm() < 0.02 * q.norm()         # theirs computes in bfloat16
+
+
 def test_a_step_of_pretraining_learns():
     tokenizer, rng = Tokenizer("toy"), random.Random(0)
     torch.manual_seed(0)
