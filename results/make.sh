@@ -149,6 +149,13 @@ for place in first last both; do
 done
 make smollm2_question_kept $quality $small $four --sink question $arms
 
+# The field's ways to drop tokens, in the three orders
+arms="full predictor neighbours progressive middle two-pass lookahead lookahead:32 bm25 bm25:passage
+    truncate earliest@cut random"
+for place in first last both; do
+    make smollm2_field_$place $quality $small $four --question $place --limit 65 --scorers $arms
+done
+
 # Larger models; the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 arms="full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
 make qwen05_passages $quality $large $four --limit 65 --scorers $arms predictor@cut
@@ -169,9 +176,9 @@ make qwen05_speed_cpu python -m lab.speed $large --lengths 1024 4096 8192 16384 
 make qwen05_transformers_cpu python -m lab.speed $large --lengths 1024 4096 8192 \
     --vs transformers --repeats 5 --max-new-tokens 64
 if [[ -n ${GGUF:-} ]]; then          # folder of smollm2.gguf and qwen2.5-coder-0.5b.gguf
-    vs="--lengths 512 1024 4096 --repeats 3 --max-new-tokens 32 --vs llama.cpp $GGUF"
-    make smollm2_engines python -m lab.speed --ckpt smollm2 $vs/smollm2.gguf
-    make qwen05_engines python -m lab.speed $large $vs/qwen2.5-coder-0.5b.gguf
+    vs="--repeats 3 --max-new-tokens 32 --vs llama.cpp $GGUF"
+    make smollm2_engines python -m lab.speed --ckpt smollm2 --lengths 512 1024 4096 $vs/smollm2.gguf
+    make qwen05_engines python -m lab.speed $large --lengths 512 1024 $vs/qwen2.5-coder-0.5b.gguf
 fi
 make smollm2_speed_cpu python -m lab.speed --ckpt smollm2 --lengths 512 1024 2048 4096 \
     --vs transformers --repeats 9
@@ -188,7 +195,7 @@ the museum in Athens, an archaeologist noticed a gear wheel in it. Decades passe
 showed some thirty gears inside. Turned by hand, they moved pointers that gave the positions of \
 the sun and the moon, foretold eclipses, and counted the years between the games at Olympia. \
 Nothing of comparable complexity is known from the next thousand years."
-page toy_survivors 10.195 835 python infer.py
+page toy_survivors 10.160 835 python infer.py
 page smollm2_survivors 9.142 580 \
     python infer.py --ckpt smollm2 --template chatml --prompt "$text"
 if [[ $results == results ]]; then python -m lab.report --figures; fi

@@ -862,7 +862,7 @@ def toy(pytestconfig):
 def fresh_rows(tokenizer, seed):
     from checkpoints.toy import fresh_prompt
     rng = random.Random(seed)
-    prompts = [fresh_prompt(rng, tokenizer, 400) for _ in range(20)]
+    prompts = [fresh_prompt(rng, tokenizer, 1500) for _ in range(20)]
     return [Example(tokens[0], prompt_len) for tokens, prompt_len, _ in prompts]
 
 
