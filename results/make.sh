@@ -102,7 +102,7 @@ make smollm2_harness_h2o $harness --tasks copa piqa --num-fewshot 5 --limit 40 $
 make smollm2_h2o_nll $quality $real $dolly --limit 24 $arms random
 
 # Likelihood under every scorer
-make toy_exact python checkpoints/toy.py --eval 500
+make toy_exact python checkpoints/toy.py --eval 100
 make smollm2_nll $quality $real $dolly --limit 120 --scorers full predictor prior random recent \
     earliest norm attention attention16 oracle:norm_gx oracle:norm_g oracle:abs_dot
 arms="full predictor prior predictor@cut random earliest recent norm attention expected

@@ -258,7 +258,7 @@ def decode(states, N, blocks, caches, theta):
 # There is no right answer, only a score. All three prune the toy (checkpoints/toy: 12 blocks,
 # D 128) on its twenty held-out rows. In each row six sentences of 131 say who sells what. The NLL
 # is per answer token; lower is better. Each puzzle has to run in a minute on one core; as given
-# here all three together take some forty seconds. Another --seed draws twenty fresh prompts of the
+# here all three together take less than a minute. Another --seed draws twenty fresh prompts of the
 # same kind: what was tuned on the first twenty shows itself there.
 
 
