@@ -155,7 +155,7 @@ def fresh_model(sp):
 class Muon(torch.optim.SGD):
     """Each gradient (n, m), smoothed, becomes about the nearest orthogonal matrix.
 
-    torch.optim.Muon takes its five Newton-Schulz steps in bfloat16, on a CPU ten times as slowly.
+    torch.optim.Muon takes its five Newton-Schulz steps in bfloat16, which is slow on most CPUs.
     """
 
     def step(self):

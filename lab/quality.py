@@ -64,10 +64,10 @@ from torch import nn
 from infer import generate
 from lab import tasks
 from lab.caches import h2o
-from lab.scorers import (FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer, known_scorer,
-                         lookahead, make_scorer, one_cut, oracle_scorer, scorer_flops)
+from lab.scorers import (AHEAD, FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer,
+                         known_scorer, lookahead, make_scorer, one_cut, oracle_scorer, scorer_flops)
 from model import KVCache, Llama, Tokenizer, load
-from prune import (UNPRUNED, Schedule, check, extend, flops, load_pruning, prefill, select)
+from prune import UNPRUNED, Schedule, check, extend, flops, load_pruning, prefill, select
 from saliency import REDUCE, saliency
 from support import options, runs
 from support.chat import choose_chat
@@ -79,7 +79,7 @@ from support.weights import find
 
 ORACLES = tuple(f"oracle:{reduce}" for reduce in REDUCE)
 TEXTS = ("compress", "truncate", "bm25", "two-pass")    # a shorter text is read by every block
-CUTS = {"middle": lambda blocks: blocks // 2, "lookahead": lambda blocks: 0}    # one, after a block
+CUTS = {"middle": 0.5, "lookahead": 0.0}    # one cut, behind this share of the blocks
 ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", *SCORERS, *FIELD, *ORACLES)
 NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*|lookahead:[1-9]\d*)(@[1-9]\d*|@cut)?"
                   r"(\+h2o|\+local)?")
@@ -105,6 +105,8 @@ def parse_arm(name, stages, share=0.4):
     need(match, f"unknown scorer {name!r}; there are {', '.join(ARMS)}, prior:W, each with @STAGES "
                 "or @cut and +h2o or +local after it")
     scorer, first, compressed = match.groups()
+    need(not first or scorer.partition(":")[0] not in CUTS,
+         f"{scorer} has one cut in its own place, {first} does nothing: leave it out")
     cut = first == "@cut"
     if first and not cut:
         stages = min(stages, int(first[1:]))
@@ -155,7 +157,7 @@ def prepare(setup, arm, prompt, item, seed, known):
         right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
         known[arm.scorer] = saliency(model, right, N, schedule.after(blocks), size)
     if arm.cut or name in CUTS:
-        schedule = one_cut(schedule, blocks, CUTS.get(name, lambda blocks: None)(blocks))
+        schedule = one_cut(schedule, blocks, int(CUTS[name] * blocks) if name in CUTS else None)
     else:
         schedule = replace(schedule, stages=arm.stages)
     if arm.scorer in ORACLES:
@@ -167,7 +169,7 @@ def prepare(setup, arm, prompt, item, seed, known):
         draft, reader = setup.draft or model, Fronted(model)
         scores = lookahead(draft, prompt).to(model.device)
         scorer = known_scorer(by_chunks(scores, int(size)) if size else scores)
-        extra = flops(draft.config, [N + 8] * len(draft.blocks))
+        extra = flops(draft.config, [N + AHEAD] * len(draft.blocks))
     elif name != "full":
         scorer = make_scorer(arm.scorer, model, schedule, setup.predictors, seed)
     else:
@@ -485,6 +487,8 @@ def quality_options():
     args, idle = parser.parse_args(), set(" ".join(USED_BY.values()).split())
     idle -= set(USED_BY[args.task].split())
     options.refuse_idle(parser, args, f"with --task {args.task}", " ".join(idle))
+    need(args.draft is None or "lookahead" in " ".join(args.scorers or ()),
+         "--draft is for the scorer lookahead: name it, or leave it out")
     need(args.sink != "question" or args.task == "nll", "--sink question is for --task nll")
     return args
 
@@ -509,9 +513,7 @@ def read_items(args, tokenizer, chat):
 
 
 def drafting(args, tokenizer, model):
-    """The model of --draft, None where there is none. Raises ValueError where it cannot draft."""
-    if args.draft is None:
-        return None
+    """The model of --draft. Raises ValueError where it cannot draft."""
     text = "The quick brown fox, 2 + 2.\n\nZwölf Boxkämpfer"
     need(Tokenizer(args.draft).encode(text) == tokenizer.encode(text),
          f"--draft {args.draft}: its tokenizer is not that of {args.ckpt}")
@@ -529,7 +531,7 @@ def main():
     items = read_items(args, tokenizer, chat)
     need(items, f"{args.data}: no rows")
     model, schedule, predictors = load_pruning(args)
-    draft = drafting(args, tokenizer, model)
+    draft = args.draft and drafting(args, tokenizer, model)
     new = args.max_new_tokens if args.task == "long" else 0
     score, named = (tasks.rouge_l(), "rouge_l") if args.rouge else (tasks.f1, "f1")
     lengths = [len(item.prompt) for item in items]

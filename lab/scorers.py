@@ -22,7 +22,8 @@ from support.files import need
 
 TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
 SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention", "attention16", "expected")
-FIELD = ("progressive", "middle")                   # the field's, under a schedule of their own
+FIELD = ("progressive", "middle")                   # of the field
+AHEAD = 8                                           # tokens that a lookahead's draft says
 
 
 def make_scorer(name, model, schedule, predictors=None, seed=0):
@@ -146,7 +147,7 @@ def oracle_scorer(saliency):
 
 
 @torch.no_grad()
-def lookahead(draft, tokens, new=8, pool=13):
+def lookahead(draft, tokens, new=AHEAD, pool=13):
     """Speculative prefill (2502.02789): what the tokens that a draft model says next look at.
 
     A token's score is the attention that it receives from each of `new` greedy tokens, averaged
@@ -197,7 +198,7 @@ def scorer_flops(name, config, schedule, counts):
     return total
 
 
-def by_chunks(scores, size=32):
+def by_chunks(scores, size):
     """Scores of whole chunks of a prompt, so that neighbours stay together: (1, N) -> (1, N)."""
     N = scores.shape[1]
     chunk = torch.arange(N, device=scores.device) // size

@@ -157,8 +157,7 @@ def survivors_page(path, pieces, stage_of, trace, fixed, read):
     stages = [{"block": stage.block, "seen": stage.seen.shape[1], "kept": stage.kept.shape[1]}
               for stage in trace]
     # "<" is escaped, so that no text of the prompt can close the script
-    answers = [{"arm": name, **{part: each[part] for part in ("question", "text", "expected")}}
-               for name, told in read.items() for each in told["answers"]]
+    answers = [{"arm": name, **each} for name, told in read.items() for each in told["answers"]]
     told = {"answers": answers, "stages": stages, "tokens": tokens}
     text = json.dumps(told).replace("<", "\\u003c")
     template = Path(__file__).with_name("survivors.html").read_text(encoding="utf-8")

@@ -307,6 +307,8 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
 @pytest.mark.parametrize("words, message", [
     (("--scorers", "full", "nonsense"), "unknown scorer 'nonsense'"),
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
+    (("--scorers", "full", "middle@5"), "middle has one cut in its own place, @5 does nothing"),
+    (("--draft", "toy"), "--draft is for the scorer lookahead"),
     (("--lengths", 100), "--lengths does nothing with --task nll: leave it out"),
     (("--task", "lambada", "--sink", "question"), "--sink question is for --task nll"),
     (("--sink", "x"), "invalid tokens_or_question value: 'x'"),
