@@ -144,8 +144,8 @@ class Reading(NamedTuple):
 def prepare(setup, arm, prompt, item, seed, known):
     """What an arm makes of a prompt (1, N) -> Reading; seed: that of random scores.
 
-    item: the prompt's Item, None where there is none. known: {oracle: saliency} of it, filled by
-    the first arm that needs it.
+    item: the prompt's Item, None where there is none. known: {oracle: saliency} of it, and
+    "lookahead": its scores and seconds, filled by the first arm that needs them.
     """
     model, blocks, N = setup.model, len(setup.model.blocks), prompt.shape[1]
     start, (name, _, size) = runs.clock(model.device), arm.scorer.partition(":")
@@ -167,7 +167,12 @@ def prepare(setup, arm, prompt, item, seed, known):
         schedule = UNPRUNED
     elif name == "lookahead":
         draft, reader = setup.draft or model, Fronted(model)
-        scores = lookahead(draft, prompt).to(model.device)
+        if name in known:                       # by another arm
+            start -= known[name][1]
+        else:
+            scores = lookahead(draft, prompt).to(model.device)
+            known[name] = scores, runs.clock(model.device) - start
+        scores = known[name][0]
         scorer = known_scorer(by_chunks(scores, int(size)) if size else scores)
         extra = flops(draft.config, [N + AHEAD] * len(draft.blocks))
     elif name != "full":

@@ -151,7 +151,7 @@ make smollm2_question_kept $quality $small $four --sink question $arms
 
 # The field's ways to drop tokens, in the three orders
 arms="full predictor neighbours progressive middle two-pass lookahead lookahead:32 bm25 bm25:passage
-    truncate earliest@cut random"
+    truncate random"
 for place in first last both; do
     make smollm2_field_$place $quality $small $four --question $place --limit 65 --scorers $arms
 done
