@@ -27,7 +27,7 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 model's own choice?
 scorers: full; predictor, prior:W (the same with a preference of weight W for early tokens; prior
        alone: 0.5), neighbours (the same, averaged with the scores of the tokens around), random,
-       recent, earliest, norm, attention, attention16, expected (expected attention);
+       recent, earliest, norm, attention;
        oracle:norm_gx and so on (they need the answer: ceilings, no methods).
        The field's: progressive (LazyLLM: the last token's attention, stage by stage), middle
        (FastKV: that of the last 8, one cut behind half of the blocks), two-pass (GemFilter: an
@@ -83,8 +83,8 @@ CUTS = {"middle": 0.5, "lookahead": 0.0}    # one cut, behind this share of the 
 ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", *SCORERS, *FIELD, *ORACLES)
 NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*|lookahead:[1-9]\d*)(@[1-9]\d*|@cut)?"
                   r"(\+h2o|\+local)?")
-USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "expected",
-         "truncate", "oracle:norm_gx")
+USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "truncate",
+         "oracle:norm_gx")
 
 
 class Arm(NamedTuple):
@@ -472,7 +472,8 @@ def quality_options():
     options.add_data_options(parser, limit=100)
     parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
                         default="nll", help="see above")
-    parser.add_argument("--split", choices=("heldout", "validation"), default="heldout",
+    parser.add_argument("--split", choices=("heldout", "validation", "all"),
+                        default="heldout",
                         help="which of Dolly's rows: to measure on, or to choose settings by")
     parser.add_argument("--scorers", nargs="+", help="see above; default: the usual ones")
     parser.add_argument("--draft", metavar="CKPT", help="the model that lookahead asks; it has the "

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from infer import decode
-from model import rotate, visible
+from model import visible
 from prune import predictor_scorer, prefill
 from support.files import need
 
 TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
-SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention", "attention16", "expected")
+SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention")
 FIELD = ("progressive", "middle")                   # of the field
 AHEAD = 8                                           # tokens that a lookahead's draft says
 
@@ -45,10 +45,8 @@ def make_scorer(name, model, schedule, predictors=None, seed=0):
             "earliest": earliest,
             "norm": norm,
             "attention": attention_scorer(model, schedule),
-            "attention16": attention_scorer(model, schedule, last=16),
             "progressive": attention_scorer(model, schedule, last=1),       # LazyLLM, 2407.14057
-            "middle": attention_scorer(model, schedule, last=8, pool=7),    # FastKV, 2502.01068
-            "expected": expected_scorer(model, schedule)}
+            "middle": attention_scorer(model, schedule, last=8, pool=7)}    # FastKV, 2502.01068
     return made[kind]
 
 
@@ -113,31 +111,6 @@ def attention_scorer(model, schedule, last=None, pool=1, chunk=256):
     return scorer
 
 
-def expected_scorer(model, schedule, future=512):
-    """Expected attention: what the next `future` queries would give a token, times its value.
-
-    The queries to come are taken for a Gaussian with the mean m and the covariance C of the
-    prompt's own in the block after the stage, turned to the mean of their positions: the mean of
-    exp(q . k / sqrt d) is exp(m . k / sqrt d + k . C k / 2 d). Its share among all tokens times the
-    value's norm is summed over heads.
-    """
-    def scorer(s, x, pos):
-        block, rope = entered(model, schedule, s, pos)
-        q, k, v = block.qkv(x, rope)
-        end = pos[0, -1] + 1
-        ahead = model.rope(end + torch.arange(future, device=x.device)[None], 0)    # angles alone
-        cos, sin = (t.float().mean(2, keepdim=True) for t in (ahead.cos, ahead.sin))
-        q = rotate(rotate(q, rope.cos, -rope.sin).float(), cos, sin)    # back to 0, then ahead
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).float() for t in (k, v))
-        n, d = q.shape[2:]
-        mean = q.mean(2, keepdim=True)                                  # (1, H, 1, d)
-        cov = (q - mean).mT @ (q - mean) / n                            # (1, H, d, d)
-        logit = (k @ mean.mT)[..., 0] / math.sqrt(d)                    # (1, H, n)
-        logit = logit + ((k @ cov) * k).sum(-1) / (2 * d)
-        return (logit.softmax(-1) * v.norm(dim=-1)).sum(1)
-    return scorer
-
-
 def oracle_scorer(saliency):
     """The gradient saliency itself, (S, N): it needs the answer, so it is a ceiling."""
     return lambda s, x, pos: saliency[s - 1][pos]
@@ -184,17 +157,16 @@ def early_layer(model, tokens, share=13 / 32):
     return attention(q[:, :, -1:], k, pos[:, -1:], pos, rope.window).sum((1, 2)), b
 
 
-# Queries whose attention a scorer asks for; expected attention's mean and covariance cost as 2 d.
-QUERIES = {"attention": None, "attention16": 16, "progressive": 1, "middle": 8}
+QUERIES = {"attention": None, "progressive": 1, "middle": 8}     # whose attention a scorer asks for
 
 
 def scorer_flops(name, config, schedule, counts):
     """What an attention rule's own products cost, at all stages; 0 for the other scorers."""
     q, kv = (heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
-    queries, total = QUERIES | {"expected": 2 * config.head_dim}, 0
-    for b in schedule.after(len(counts)) if name in queries else ():
+    total = 0
+    for b in schedule.after(len(counts)) if name in QUERIES else ():
         n = counts[b - 1]
-        total += 2 * n * config.dim * (q + 2 * kv) + 2 * q * n * (queries[name] or n)
+        total += 2 * n * config.dim * (q + 2 * kv) + 2 * q * n * (QUERIES[name] or n)
     return total
 
 

@@ -20,6 +20,10 @@ order. The file has rows {instruction, context, response} whose splits are read_
     --alone passage     the same rows in the same order, the right passage alone: what reading no
                         distractors is worth
     --alone question    the question alone: what the model knows without reading
+    --alike             other rows: of the held-out and validation ones those to whose question
+                        another passage is as like as the right one, by the words that it shares;
+                        in the rows above none is, which favours a filter by words (read them with
+                        lab.quality --split all)
 """
 import json
 import math
@@ -284,28 +288,44 @@ def gather(row, pool, k, draw):
     pool: texts to draw from. The right one shares more words with the question than any other;
     all together have 2,000 to 7,500 characters, some 500 to 1,900 tokens.
     """
-    question, own = row["instruction"], row["context"].strip()
+    own = row["context"].strip()
     for _ in range(100):
         texts = [own, *draw.sample(pool, k - 1)]
-        if 2000 <= sum(map(len, texts)) <= 7500:
-            right, *others = (shared(question, text) for text in texts)
-            if right > max(others):
-                draw.shuffle(texts)
-                return texts
+        right, *others = (shared(row["instruction"], text) for text in texts)
+        if right > max(others) and fits(texts):
+            draw.shuffle(texts)
+            return texts
     return None
 
 
-def passages(path, split, k):
-    """The rows of one split of a Dolly file -> rows with k passages.
+def likest(row, pool, k, draw):
+    """The same, but the others share the most words with the question: one of them, at least, as
+    many as the right one, so that words do not tell which that is.
+    """
+    question, own = row["instruction"], row["context"].strip()
+    others = sorted({*pool} - {own}, key=lambda text: (-shared(question, text), text))[:k - 1]
+    texts = [own, *others]
+    if shared(question, others[0]) < shared(question, own) or not fits(texts):
+        return None
+    draw.shuffle(texts)
+    return texts
+
+
+def fits(texts):
+    return 2000 <= sum(map(len, texts)) <= 7500
+
+
+def passages(path, splits, k, find=gather):
+    """The rows of some splits of a Dolly file -> rows with k passages.
 
     Each also has its own passage, and its place among the k, from 1.
     """
-    rows = [row for row in read_rows(path, split) if asks(row)]
+    rows = [row for split in splits for row in read_rows(path, split) if asks(row)]
     pool = sorted({row["context"].strip() for row in rows})
-    need(len(pool) >= k, f"{path}: too few passages in its {split} rows")
+    need(len(pool) >= k, f"{path}: too few passages in its {splits[0]} rows")
     found = []
     for number, row in enumerate(rows):
-        texts = gather(row, pool, k, random.Random(f"0 {split} {number}"))
+        texts = find(row, pool, k, random.Random(f"0 {splits[0]} {number}"))
         if texts:
             own = row["context"].strip()
             context = "\n\n".join(f"Passage {i}: {text}" for i, text in enumerate(texts, start=1))
@@ -320,6 +340,22 @@ def alone(row, part):
     return row | {"context": row["passage"] if part == "passage" else ""}
 
 
+def three_splits(path, k, plain):
+    """Rows with k passages, in the proportions in which read_rows finds its splits again: 18:1:1.
+
+    plain: see --plain. -> rows, and how many there are in words
+    """
+    train, *others = (passages(path, [split], k) for split in ("train", "heldout", "validation"))
+    m = min(len(train) // 18, *map(len, others))
+    need(m, f"{path}: too few rows for three splits")
+    rows = train[:18 * m]
+    for i, row in enumerate(rows):
+        if int((i + 1) * plain) > int(i * plain):       # evenly spread
+            rows[i] = alone(row, "passage")
+    rows += [row for split in others for row in split[:m]]
+    return rows, f"{18 * m} rows to train on, {m} held out, {m} to choose by"
+
+
 def main():
     parser = options.command_parser(__doc__)
     parser.add_argument("--data", required=True, help="databricks-dolly-15k as JSONL")
@@ -330,22 +366,21 @@ def main():
                         help="of the training rows, with their own passage alone")
     parser.add_argument("--alone", choices=("passage", "question"),
                         help="all rows with nothing but this")
+    parser.add_argument("--alike", action="store_true", help="rows in which another passage shares "
+                        "as many words with the question as the right one")
     args = parser.parse_args()
-    train, *others = (passages(args.data, split, args.passages)
-                      for split in ("train", "heldout", "validation"))
-    m = min(len(train) // 18, *map(len, others))    # as read_rows will find them again: 18 : 1 : 1
-    need(m, f"{args.data}: too few rows for three splits")
-    rows = train[:18 * m]
-    for i, row in enumerate(rows):
-        if int((i + 1) * args.plain) > int(i * args.plain):     # evenly spread
-            rows[i] = alone(row, "passage")
-    rows += [row for split in others for row in split[:m]]
+    if args.alike:
+        options.refuse_idle(parser, args, "with --alike", "plain")
+        rows = passages(args.data, ("heldout", "validation"), args.passages, likest)
+        need(rows, f"{args.data}: no rows with passages alike")
+        parts = f"{len(rows)} rows to measure on"
+    else:
+        rows, parts = three_splits(args.data, args.passages, args.plain)
     if args.alone:
         rows = [alone(row, args.alone) for row in rows]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     args.out.write_text("".join(lines), encoding="utf-8")
-    print(f"{args.out}: {18 * m} rows to train on, {m} held out, {m} to choose by; "
-          f"{args.passages} passages each, rows {digest(rows)}")
+    print(f"{args.out}: {parts}; {args.passages} passages each, rows {digest(rows)}")
 
 
 if __name__ == "__main__":

@@ -104,9 +104,9 @@ make smollm2_h2o_nll $quality $real $dolly --limit 24 $arms random
 # Likelihood under every scorer
 make toy_exact python checkpoints/toy.py --eval 100
 make smollm2_nll $quality $real $dolly --limit 120 --scorers full predictor prior random recent \
-    earliest norm attention attention16 oracle:norm_gx oracle:norm_g oracle:abs_dot
-arms="full predictor prior predictor@cut random earliest recent norm attention expected
-    earliest@cut recent@cut norm@cut attention@cut expected@cut truncate"
+    earliest norm attention oracle:norm_gx oracle:norm_g oracle:abs_dot
+arms="full predictor prior predictor@cut random earliest recent norm attention
+    earliest@cut recent@cut norm@cut attention@cut truncate"
 make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $arms oracle:norm_gx
 make smollm2_text_rules $quality --ckpt smollm2 --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40 --scorers $arms oracle:norm_gx

@@ -16,7 +16,7 @@ from infer import generate
 from lab import quality
 from lab.caches import H2OCache, h2o
 from lab.quality import Setup, measure, parse_arm, prepare, ratio, read_answers, shortened
-from lab.scorers import one_cut, random_scorer
+from lab.scorers import lookahead, one_cut, random_scorer
 from lab.tasks import Answer, Item
 from model import KVCache
 from prune import UNPRUNED, nll, prefill
@@ -99,6 +99,17 @@ def test_an_oracle_reads_the_saliency_of_the_first_answer_once_a_row():
     assert torch.equal(prepared("oracle:norm_g")[1][1](3, None, pos), s[2, pos])
     again = prepared("oracle:norm_g@2", {"oracle:norm_g": s + 1})
     assert torch.equal(again[1][1](3, None, pos), s[2, pos] + 1)
+
+
+def test_a_draft_reads_a_prompt_once_and_is_paid_by_each_arm():
+    scores, arm = torch.rand(1, 48), parse_arm("lookahead", 4)
+    reading = prepare(SETUP, arm, PROMPT, ITEM, 7, {"lookahead": (scores, 60.0)})
+    assert torch.equal(reading.how[1](1, None, torch.arange(48)[None]), scores)
+    assert 60 < reading.seconds < 61
+    known = {}
+    prepare(SETUP, arm, PROMPT, ITEM, 7, known)
+    found, seconds = known["lookahead"]
+    assert torch.equal(found, lookahead(MODEL, PROMPT)) and seconds < 9
 
 
 # ----------------------------------------------------------------------------------------- answers

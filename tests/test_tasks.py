@@ -233,6 +233,23 @@ def test_another_passage_that_names_as_much_is_not_drawn():
     pool = [same] + [other + str(i) for i in range(9)]
     texts = tasks.gather(row, pool, 3, random.Random(0))
     assert same not in texts and own.strip() in texts and len(texts) == 3
+    # the other protocol wants just that one, and takes no row where there is none
+    pool.append(own.strip())
+    texts = tasks.likest(row, pool, 3, random.Random(0))
+    assert {same, own.strip()} < {*texts} and len(texts) == 3
+    assert tasks.likest(row, pool[1:], 3, random.Random(0)) is None
+    assert tasks.likest(row, pool, 9, random.Random(0)) is None         # too long together
+
+
+def test_rows_with_passages_alike_come_from_what_is_held_out(dolly, tmp_path):
+    rows = read_rows(dolly)
+    asked = [row | {"instruction": "Which number is this harbour known for?"} for row in rows]
+    found = read_rows(written(jsonl(tmp_path / "d.jsonl", asked), tmp_path, "--alike"))
+    texts = [text for row in found for text in row["context"].split("\n\n")]
+    held_out = {row["context"].strip() for row in rows[270:]}
+    assert len(found) == 30 and {text.partition(": ")[2] for text in texts} == held_out
+    code, _, err = command("-m", "lab.tasks", "--data", dolly, "--out", tmp_path / "o", "--alike")
+    assert code == 1 and "no rows with passages alike" in err       # each names its own town alone
 
 
 def test_too_few_rows_are_refused(dolly, tmp_path):
