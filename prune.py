@@ -237,8 +237,8 @@ def load_predictors(path, model, schedule=None):
     """Read predictors made for `model` -> (nn.ModuleList on its device, in its dtype; metadata).
 
     path: the file, or its folder. metadata["schedule"] holds the fields of their Schedule. If
-    another schedule is given, its stages must stand after the same blocks, or after the first of
-    them (the paper's SDTP-low). Another keep ratio is fine: a ranking serves any.
+    another schedule is given, its stages stand after some of these blocks (the paper's SDTP-low:
+    the first ones). Another keep ratio is fine: a ranking serves any.
     """
     path, stored, metadata = runs.read_predictors(path, model.config)
     with blame(path, "damaged predictors"):
@@ -248,10 +248,10 @@ def load_predictors(path, model, schedule=None):
         predictors = nn.ModuleList(kind(model.config.dim, width) for _ in range(made.stages))
         predictors.load_state_dict(stored)
     places, asked = (each.after(len(model.blocks)) for each in (made, schedule or made))
-    need(asked == places[:len(asked)],
+    need({*asked} <= {*places},
          f"{path}: predictors stand after blocks {places}, the schedule asks for {asked}")
-    predictors = predictors.to(model.device, model.dtype)
-    return predictors.eval().requires_grad_(False), metadata
+    used = nn.ModuleList(predictors[places.index(b)] for b in asked)
+    return used.to(model.device, model.dtype), metadata
 
 
 def load_pruning(args, split=None):
@@ -270,7 +270,7 @@ def load_pruning(args, split=None):
         runs.tell_other_weights(path, metadata, args.ckpt)
     elif args.ckpt.startswith("random:"):
         predictors = nn.ModuleList(Predictor(model.config.dim) for _ in schedule.after(L))
-        predictors = predictors.requires_grad_(False).to(model.device, model.dtype)
+        predictors = predictors.to(model.device, model.dtype)
     return model, schedule, predictors
 
 

@@ -25,14 +25,16 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
        needle   a sentence that gives a town a number is hidden in plain text, rows {text}: how
                 likely is a digit of the number, by --lengths and --depths, and is all of it the
                 model's own choice?
-scorers: full; predictor, prior:W (the same with a preference of weight W for early tokens; prior
-       alone: 0.5), neighbours (the same, averaged with the scores of the tokens around), random,
-       recent, earliest, norm, attention;
+scorers: full; predictor, neighbours (the same, averaged with the scores of the tokens around),
+       random, recent, earliest, norm, attention;
        oracle:norm_gx and so on (they need the answer: ceilings, no methods).
        The field's: progressive (LazyLLM: the last token's attention, stage by stage), middle
        (FastKV: that of the last 8, one cut behind half of the blocks), two-pass (GemFilter: an
-       early block's choice is read as a shorter text), lookahead, lookahead:32 (speculative
-       prefill: --draft looks 8 tokens ahead; by token, or in chunks of 32).
+       early block's choice is read as a shorter text), adaptive:MASS (UniPrefill: one cut, which
+       keeps MASS, by default 0.99, of what the last 128 tokens attend to, and so another number in
+       each row; in seconds, not in FLOPs, the blocks before it are read twice), lookahead,
+       lookahead:32 (speculative prefill: --draft looks 8 tokens ahead; by token, or in chunks of
+       32).
        A shorter text, as if it were the prompt: compress (by the predictors), truncate (the first
        tokens), bm25, bm25:passage (what shares words with the question).
        Each may be followed by @S (only the first S stages; the paper's SDTP-low)
@@ -41,8 +43,7 @@ scorers: full; predictor, prior:W (the same with a preference of weight W for ea
        alone, once the prompt is read: an answer's first token still comes from the whole prompt).
 
 --min-prompt, --max-prompt, --context, --template, --system and --question shape the tasks nll and
-long (text: --max-prompt alone). --split validation reads the rows that settings are chosen by; with
-several prior:W it says which weight is best.
+long (text: --max-prompt alone). --split validation reads the rows that settings are chosen by.
 
 Rows already measured are kept in --rows-file: the same command goes on where it was stopped.
 
@@ -64,7 +65,7 @@ from torch import nn
 from infer import generate
 from lab import tasks
 from lab.caches import h2o
-from lab.scorers import (AHEAD, FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer,
+from lab.scorers import (AHEAD, FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer, enough,
                          known_scorer, lookahead, make_scorer, one_cut, oracle_scorer, scorer_flops)
 from model import KVCache, Llama, Tokenizer, load
 from prune import UNPRUNED, Schedule, check, extend, flops, load_pruning, prefill, select
@@ -79,9 +80,10 @@ from support.weights import find
 
 ORACLES = tuple(f"oracle:{reduce}" for reduce in REDUCE)
 TEXTS = ("compress", "truncate", "bm25", "two-pass")    # a shorter text is read by every block
-CUTS = {"middle": 0.5, "lookahead": 0.0}    # one cut, behind this share of the blocks
-ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", *SCORERS, *FIELD, *ORACLES)
-NAME = re.compile(rf"({'|'.join(ARMS)}|prior:-?\d+\.?\d*|lookahead:[1-9]\d*)(@[1-9]\d*|@cut)?"
+# One cut, behind this share of the blocks; None: where the first stage stands.
+CUTS = {"middle": 0.5, "lookahead": 0.0, "adaptive": None}
+ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", "adaptive", *SCORERS, *FIELD, *ORACLES)
+NAME = re.compile(rf"({'|'.join(ARMS)}|lookahead:[1-9]\d*|adaptive:0?\.\d+)(@[1-9]\d*|@cut)?"
                   r"(\+h2o|\+local)?")
 USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "truncate",
          "oracle:norm_gx")
@@ -89,7 +91,7 @@ USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention
 
 class Arm(NamedTuple):
     """What one row of the table is measured with."""
-    scorer: str                     # one of ARMS, or prior:W
+    scorer: str                     # one of ARMS, maybe with a number
     stages: int                     # only the first so many
     cache: Callable                 # the kind of cache
     cut: bool = False               # one cut instead of stages
@@ -102,7 +104,7 @@ def parse_arm(name, stages, share=0.4):
     a name that says nothing.
     """
     match = NAME.fullmatch(name)
-    need(match, f"unknown scorer {name!r}; there are {', '.join(ARMS)}, prior:W, each with @STAGES "
+    need(match, f"unknown scorer {name!r}; there are {', '.join(ARMS)}, each with @STAGES "
                 "or @cut and +h2o or +local after it")
     scorer, first, compressed = match.groups()
     need(not first or scorer.partition(":")[0] not in CUTS,
@@ -145,7 +147,7 @@ def prepare(setup, arm, prompt, item, seed, known):
     """What an arm makes of a prompt (1, N) -> Reading; seed: that of random scores.
 
     item: the prompt's Item, None where there is none. known: {oracle: saliency} of it, and
-    "lookahead": its scores and seconds, filled by the first arm that needs them.
+    what a draft said of it, filled by the first arm that needs them.
     """
     model, blocks, N = setup.model, len(setup.model.blocks), prompt.shape[1]
     start, (name, _, size) = runs.clock(model.device), arm.scorer.partition(":")
@@ -157,7 +159,8 @@ def prepare(setup, arm, prompt, item, seed, known):
         right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
         known[arm.scorer] = saliency(model, right, N, schedule.after(blocks), size)
     if arm.cut or name in CUTS:
-        schedule = one_cut(schedule, blocks, int(CUTS[name] * blocks) if name in CUTS else None)
+        share = CUTS.get(name)
+        schedule = one_cut(schedule, blocks, None if share is None else int(share * blocks))
     else:
         schedule = replace(schedule, stages=arm.stages)
     if arm.scorer in ORACLES:
@@ -166,15 +169,13 @@ def prepare(setup, arm, prompt, item, seed, known):
         text, extra = chosen_text(setup, name, size, prompt, item, schedule)
         schedule = UNPRUNED
     elif name == "lookahead":
-        draft, reader = setup.draft or model, Fronted(model)
-        if name in known:                       # by another arm
-            start -= known[name][1]
-        else:
-            scores = lookahead(draft, prompt).to(model.device)
-            known[name] = scores, runs.clock(model.device) - start
-        scores = known[name][0]
+        reader, (scores, seconds, extra) = Fronted(model), looked_ahead(setup, prompt, known)
+        start = runs.clock(model.device) - seconds
         scorer = known_scorer(by_chunks(scores, int(size)) if size else scores)
-        extra = flops(draft.config, [N + AHEAD] * len(draft.blocks))
+    elif name == "adaptive":
+        scores = by_chunks(early_layer(model, prompt, schedule.first, last=128), 64)
+        schedule = replace(schedule, keep=enough(scores, float(size or 0.99)) / N)
+        scorer = known_scorer(scores)
     elif name != "full":
         scorer = make_scorer(arm.scorer, model, schedule, setup.predictors, seed)
     else:
@@ -186,6 +187,16 @@ def prepare(setup, arm, prompt, item, seed, known):
     spent = runs.clock(model.device) - start
     how = schedule, scorer, arm.cache
     return Reading(reader, text, how, sum(counts) / blocks / N, cost, spent)
+
+
+def looked_ahead(setup, prompt, known):
+    """A draft's scores of a prompt (1, N), the seconds and the FLOPs; it is asked once a row."""
+    if "lookahead" not in known:
+        device, draft = setup.model.device, setup.draft or setup.model
+        start, cost = runs.clock(device), [prompt.shape[1] + AHEAD] * len(draft.blocks)
+        scores = lookahead(draft, prompt).to(device)
+        known["lookahead"] = scores, runs.clock(device) - start, flops(draft.config, cost)
+    return known["lookahead"]
 
 
 def chosen_text(setup, name, size, prompt, item, schedule):
@@ -200,7 +211,8 @@ def chosen_text(setup, name, size, prompt, item, schedule):
         cost = flops(config, [N] * blocks, "exact", schedule, setup.predictors)
         return shortened(model, prompt, schedule, scorer), cost
     if name == "two-pass":
-        scores, read = early_layer(model, prompt)
+        read = round(13 / 32 * blocks)
+        scores = early_layer(model, prompt, read)
         share = sum(schedule.counts(N, blocks)) / N - read      # of a prompt, in all blocks
         need(share > 0, f"its first pass, {read} of {blocks} blocks, costs more than the schedule")
         k, pos = round(share / blocks * N), torch.arange(N, device=prompt.device)[None]

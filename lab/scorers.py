@@ -20,7 +20,7 @@ from model import visible
 from prune import predictor_scorer, prefill
 from support.files import need
 
-TRAINED = ("predictor", "prior", "neighbours")      # these need trained predictors
+TRAINED = ("predictor", "neighbours")      # these need trained predictors
 SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention")
 FIELD = ("progressive", "middle")                   # of the field
 AHEAD = 8                                           # tokens that a lookahead's draft says
@@ -29,16 +29,13 @@ AHEAD = 8                                           # tokens that a lookahead's 
 def make_scorer(name, model, schedule, predictors=None, seed=0):
     """A scorer by its name on a command line.
 
-    "prior:W" is the predictors with a preference of weight W for early tokens ("prior": 0.5),
-    "neighbours" the predictors with their neighbours' ranks; seed: that of random scores. The
+    "neighbours" is the predictors with their neighbours' ranks; seed: that of random scores. The
     oracle is made by the caller. Raises ValueError for a trained one without predictors.
     """
-    kind, _, weight = name.partition(":")
-    need(predictors is not None or kind not in TRAINED, "no trained predictors for this "
+    need(predictors is not None or name not in TRAINED, "no trained predictors for this "
          "checkpoint: run train.py, or name a file with --predictors, or use --scorers")
     trained = predictor_scorer(predictors)
     made = {"predictor": trained,
-            "prior": with_prior(trained, float(weight or 0.5)),
             "neighbours": with_neighbours(trained),
             "random": random_scorer(seed),
             "recent": recent,
@@ -47,7 +44,7 @@ def make_scorer(name, model, schedule, predictors=None, seed=0):
             "attention": attention_scorer(model, schedule),
             "progressive": attention_scorer(model, schedule, last=1),       # LazyLLM, 2407.14057
             "middle": attention_scorer(model, schedule, last=8, pool=7)}    # FastKV, 2502.01068
-    return made[kind]
+    return made[name]
 
 
 def random_scorer(seed=0):
@@ -142,22 +139,33 @@ def lookahead(draft, tokens, new=AHEAD, pool=13):
 
 
 @torch.no_grad()
-def early_layer(model, tokens, share=13 / 32):
-    """GemFilter (2409.17422): the last token's attention in one block, to each token of a prompt.
+def early_layer(model, tokens, b, last=1):
+    """The attention that the `last` tokens of a prompt give each of its tokens in block b + 1.
 
-    share: of the blocks, where that block stands. (1, N) -> (1, N), and how many blocks were read.
-    The tokens that it chooses are then read from the first block on, as a shorter text.
+    The b blocks before it read the whole prompt: (1, N) -> (1, N).
+    GemFilter (2409.17422): last 1 and b 13/32 of the blocks; the chosen tokens are then read from
+    the first block on, as a shorter text. UniPrefill (2605.06221): see `enough`.
     """
-    N, b = tokens.shape[1], round(share * len(model.blocks))
+    N = tokens.shape[1]
     pos = torch.arange(N, device=tokens.device)[None]
     rope, x = model.rope(pos, N), model.embed(tokens)
     for block in model.blocks[:b]:
         x = block(x, rope)
     q, k, _ = model.blocks[b].qkv(x, rope)
-    return attention(q[:, :, -1:], k, pos[:, -1:], pos, rope.window).sum((1, 2)), b
+    return attention(q[:, :, -last:], k, pos[:, -last:], pos, rope.window).sum((1, 2))
 
 
-QUERIES = {"attention": None, "progressive": 1, "middle": 8}     # whose attention a scorer asks for
+def enough(scores, mass):
+    """How many of the highest scores (1, N), of 0 or more, add up to a share `mass` of all.
+
+    UniPrefill keeps so many: as few as the prompt allows, another number for each.
+    """
+    summed = scores[0].sort(descending=True).values.cumsum(0)
+    return int((summed < mass * summed[-1]).sum()) + 1
+
+
+# How many queries' attention a scorer asks for; None: all.
+QUERIES = {"attention": None, "progressive": 1, "middle": 8, "adaptive": 128}
 
 
 def scorer_flops(name, config, schedule, counts):
@@ -166,7 +174,7 @@ def scorer_flops(name, config, schedule, counts):
     total = 0
     for b in schedule.after(len(counts)) if name in QUERIES else ():
         n = counts[b - 1]
-        total += 2 * n * config.dim * (q + 2 * kv) + 2 * q * n * (QUERIES[name] or n)
+        total += 2 * n * config.dim * (q + 2 * kv) + 2 * q * n * min(QUERIES[name] or n, n)
     return total
 
 
@@ -208,18 +216,6 @@ class Fronted:
 
 
 # --------------------------------------------------------------------------------- beyond the paper
-
-
-def with_prior(scorer, weight):
-    """The score's rank, 0 to 1, plus weight * (1 - pos / N).
-
-    One hidden state hardly tells where in the prompt its token stands; a weight above 0 prefers
-    early tokens. A run of lab.quality on --split validation tells which weight is best.
-    """
-    def scores(s, x, pos):
-        N = pos[:, -1:] + 1                     # the last token is never dropped
-        return ranks(scorer(s, x, pos)) + weight * (1 - pos / N)
-    return scores
 
 
 def with_neighbours(scorer, share=0.6, window=33):

@@ -91,7 +91,7 @@ make smollm2_passages_f1 $quality $small --task long --data out/passages.jsonl -
 
 # Accuracy (Table 3), in fp32: answers may differ by less than bfloat16 tells
 harness="python -m lab.harness --ckpt smollm2 --data $data"
-arms="--scorers full predictor prior random recent attention"
+arms="--scorers full predictor random recent attention"
 make smollm2_harness_0 $harness --tasks copa piqa winogrande boolq lambada_openai --limit 100 $arms
 make smollm2_harness_5 $harness --tasks copa piqa winogrande boolq --num-fewshot 5 --limit 40 $arms
 
@@ -103,9 +103,9 @@ make smollm2_h2o_nll $quality $real $dolly --limit 24 $arms random
 
 # Likelihood under every scorer
 make toy_exact python checkpoints/toy.py --eval 100
-make smollm2_nll $quality $real $dolly --limit 120 --scorers full predictor prior random recent \
+make smollm2_nll $quality $real $dolly --limit 120 --scorers full predictor random recent \
     earliest norm attention oracle:norm_gx oracle:norm_g oracle:abs_dot
-arms="full predictor prior predictor@cut random earliest recent norm attention
+arms="full predictor predictor@cut random earliest recent norm attention
     earliest@cut recent@cut norm@cut attention@cut truncate"
 make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $arms oracle:norm_gx
 make smollm2_text_rules $quality --ckpt smollm2 --task text --data $data/wikitext2_valid.jsonl \
@@ -116,7 +116,7 @@ make smollm2_tradeoff $ablations --dtype bfloat16 --table tradeoff --limit 120
 
 # Passages
 make smollm2_passages $quality $small $four --limit 65 \
-    --scorers ${arms/prior predictor@cut/predictor@cut neighbours} oracle:norm_gx
+    --scorers ${arms/predictor@cut/predictor@cut neighbours} oracle:norm_gx
 for seed in 1 2; do
     wanted "$results/smollm2_passages_seed$seed.json" smollm2_passages_seed$seed || continue
     python train.py --ckpt smollm2 $mixed --epochs 8 --limit 400 --seed $seed --out out/seed$seed

@@ -290,7 +290,7 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--prompt", "word " * 3000), "past this model's 2048 positions"),
     (("--row", 9999, "--data", TOY / "train.jsonl"), "train.jsonl has 20 held-out rows"),
     (("--ask", "a", "--ask", "b", "--question", "both"), "several questions are asked last"),
-    (("--first", 3), "predictors stand after blocks"),
+    (("--first", 1), "predictors stand after blocks"),
     (("--keep", 0), "keep lies in"),
     (("--prompt-file", "tests"), "tests: no such prompt file"),
     (("--prompt", "a", "--data", "b"), "leave all but one out"),

@@ -36,7 +36,7 @@ ITEM = Item(PROMPT[0].tolist(), [Answer([3, 4, 5], 0)])
 
 def test_names_of_arms():
     assert parse_arm("oracle:norm_g", 9) == ("oracle:norm_g", 9, KVCache, False)
-    assert parse_arm("prior:-0.5@cut", 9) == ("prior:-0.5", 9, KVCache, True)
+    assert parse_arm("neighbours@cut", 9) == ("neighbours", 9, KVCache, True)
     assert parse_arm("random@12", 9).stages == 9
     scorer, stages, cache, _ = parse_arm("predictor@5+h2o", 9, 0.3)
     assert (scorer, stages, cache.func) == ("predictor", 5, H2OCache)
@@ -45,7 +45,7 @@ def test_names_of_arms():
 
 
 @pytest.mark.parametrize("name", ["nonsense", "oracle:none", "full+", "random@x", "compress@0",
-                                  "full+h2o@3", "prior:", "norm:2", ""])
+                                  "full+h2o@3", "norm:2", ""])
 def test_arms_that_say_nothing_are_refused(name):
     with pytest.raises(ValueError, match="unknown scorer"):
         parse_arm(name, 9)
@@ -103,12 +103,12 @@ def test_an_oracle_reads_the_saliency_of_the_first_answer_once_a_row():
 
 def test_a_draft_reads_a_prompt_once_and_is_paid_by_each_arm():
     scores, arm = torch.rand(1, 48), parse_arm("lookahead", 4)
-    reading = prepare(SETUP, arm, PROMPT, ITEM, 7, {"lookahead": (scores, 60.0)})
+    reading = prepare(SETUP, arm, PROMPT, ITEM, 7, {"lookahead": (scores, 60.0, 9)})
     assert torch.equal(reading.how[1](1, None, torch.arange(48)[None]), scores)
     assert 60 < reading.seconds < 61
     known = {}
     prepare(SETUP, arm, PROMPT, ITEM, 7, known)
-    found, seconds = known["lookahead"]
+    found, seconds, _ = known["lookahead"]
     assert torch.equal(found, lookahead(MODEL, PROMPT)) and seconds < 9
 
 
@@ -320,8 +320,6 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--scorers", "full", "middle@5"), "middle has one cut in its own place, @5 does nothing"),
     (("--draft", "toy"), "--draft is for the scorer lookahead"),
-    (("--lengths", 100), "--lengths does nothing with --task nll: leave it out"),
-    (("--task", "lambada", "--sink", "question"), "--sink question is for --task nll"),
     (("--sink", "x"), "invalid tokens_or_question value: 'x'"),
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SCHEDULE, TOKENS, close, predictors_for, tiny_model
-from lab.scorers import (Fronted, attention_scorer, by_chunks, early_layer, known_scorer,
-                         lookahead, make_scorer, one_cut, scorer_flops, with_neighbours)
+from lab.scorers import (Fronted, attention_scorer, by_chunks, early_layer, enough,
+                         known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
+                         with_neighbours)
 from predictor import score
 from prune import Schedule, extend, prefill
 
@@ -50,14 +51,6 @@ def test_the_seed_of_the_random_scorer_fixes_its_scores():
     for _ in range(2):              # a second stage draws anew
         scores, same, others = (scorer(1, *states()) for scorer in (first, again, other))
         assert torch.equal(scores, same) and not torch.equal(scores, others)
-
-
-@pytest.mark.parametrize("name, weight", [("prior", 0.5), ("prior:-1", -1.0)])
-def test_a_prior_is_added_to_the_ranks(name, weight):
-    x, pos = states()
-    ranks = rank_by_counting(score(PREDICTORS[1](x))[0].tolist())
-    slow = [rank + weight * (1 - p / N) for rank, p in zip(ranks, pos[0].tolist())]
-    assert made(name)(2, x, pos)[0].tolist() == pytest.approx(slow, abs=1e-6)
 
 
 @pytest.mark.parametrize("share, window", [(0.6, 33), (1.0, 5), (0.0, 9)])
@@ -127,14 +120,22 @@ def test_a_lookahead_is_what_the_next_tokens_look_at():
         assert close(chunks[part], found[part].mean().expand(len(found[part])), 1e-6)
 
 
-def test_the_early_layer_asks_the_last_token_in_one_block():
-    found, b = early_layer(MODEL, TOKENS, share=1 / 3)
+@pytest.mark.parametrize("last", [1, 9])
+def test_the_early_layer_asks_the_last_tokens_in_one_block(last):
+    found = early_layer(MODEL, TOKENS, 2, last)
     x, rope = MODEL.embed(TOKENS), MODEL.rope(torch.arange(60)[None], 60)
     for block in MODEL.blocks[:2]:
         x = block(x, rope)
     q, k, _ = MODEL.blocks[2].qkv(x, rope)
-    each = [given(q[0, h], k[0, h // 2], list(range(60))) for h in range(4)]
-    assert b == 2 and found[0].tolist() == pytest.approx([sum(one) for one in zip(*each)], rel=1e-4)
+    each = [given(q[0, h], k[0, h // 2], list(range(end))) + [0.0] * (60 - end)
+            for h in range(4) for end in range(61 - last, 61)]
+    assert found[0].tolist() == pytest.approx([sum(one) for one in zip(*each)], rel=1e-4)
+
+
+def test_a_share_of_the_mass_is_reached_by_the_fewest():
+    scores = torch.tensor([[0.1, 0.4, 0.0, 0.3, 0.2]])
+    found = [enough(scores, mass) for mass in (0.3, 0.5, 0.75, 0.95, 1.0)]
+    assert found == [1, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -164,7 +165,7 @@ def test_flops_of_a_rule_are_those_of_its_products(name):
 
 
 def test_missing_predictors_are_said():
-    for name in ("predictor", "prior:2", "neighbours"):
+    for name in ("predictor", "neighbours"):
         with pytest.raises(ValueError, match="no trained predictors"):
             make_scorer(name, MODEL, SCHEDULE)
 
