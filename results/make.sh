@@ -149,12 +149,20 @@ for place in first last both; do
 done
 make smollm2_question_kept $quality $small $four --sink question $arms
 
-# The field's ways to drop tokens, in the three orders
-arms="full predictor neighbours progressive middle two-pass lookahead lookahead:32 bm25 bm25:passage
-    truncate random"
+# The field's ways to drop tokens: in three orders, at 40% of the tokens, where words do not tell
+arms="full predictor neighbours progressive middle adaptive:0.93 two-pass lookahead lookahead:32
+    bm25 bm25:passage truncate random"
 for place in first last both; do
     make smollm2_field_$place $quality $small $four --question $place --limit 65 --scorers $arms
+    make smollm2_field_dolly_$place $quality --ckpt smollm2 $dolly --question $place --limit 60 \
+        --scorers $arms
 done
+arms="full predictor neighbours lookahead lookahead:32 bm25:passage truncate random"
+make smollm2_field_40 $quality $small $four --limit 40 --keep 0.745 --scorers $arms \
+    progressive adaptive:0.7
+$passages --out out/passages-alike.jsonl --alike
+make smollm2_field_alike $quality $small --data out/passages-alike.jsonl --context \
+    --max-prompt 2000 --split all --scorers $arms bm25
 
 # Larger models; the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 arms="full predictor random earliest norm earliest@cut truncate oracle:norm_gx"

@@ -1,4 +1,4 @@
-"""Eight exercises and three open puzzles on SDTP (arXiv 2504.04514): the student's file.
+"""Nine exercises and three open puzzles on SDTP (arXiv 2504.04514): the student's file.
 
 Replace each `raise NotImplementedError`. The docstring states all that the exercise needs: the
 place in the paper, the shapes, the rule, a line budget and a small example. The results of an
@@ -19,11 +19,13 @@ These rules hold for all exercises:
 
 Run them from the root of the repository:
 
-    python -m pytest tests/test_exercises.py --impl student             # n/8, hints for what fails
+    python -m pytest tests/test_exercises.py --impl student             # n/9, hints for what fails
     python -m pytest tests/test_exercises.py --impl student -k select   # one exercise
     python -m pytest tests/test_exercises.py --impl student --seed 7    # with other numbers
     python -m pytest tests/test_exercises.py --impl student --puzzles   # the puzzles' scores too,
                                                                         # in some 20 seconds
+
+A right answer is drawn: the picture shows what your own function returned.
 """
 import torch
 
@@ -249,6 +251,50 @@ def decode(states, N, blocks, caches, theta):
     ([0, 1, 2, 3, 4], [0, 3, 4])
     >>> second[1]
     [[1, 0], [1, 0], [5.2000, 1.2000]]
+    """
+    raise NotImplementedError
+
+
+def prefill(x, blocks, scorer, schedule, theta):
+    """9. Prune while reading (Section 3.4). At most 16 lines.
+
+    This is where exercises 6, 4 and 1 meet: call `tokens_per_block`, `select` and `rotate`, which
+    do not count. When it is right, it reads the toy's story, and six questions are answered from
+    the caches that it returns.
+
+    x (N, D) are the states of a prompt's N tokens, at positions 0 ... N - 1.
+    schedule is a tuple of exercise 6's (first, step, stages, keep, sink, local).
+    scorer(s, x, pos) gives the scores (n,) of n tokens with states x (n, D) and positions pos (n,)
+    int64 at stage s = 1, 2, ...
+    blocks is a list of L blocks, with one state for each token that is still there:
+        q, k, v = block.project(x)      q (H, n, d), k and v (G, n, d), not turned yet
+        q and k are turned to their tokens' positions, as in exercise 1
+        k, v and the positions are the block's cache, (k, v, pos)
+        y (H, n, d) is attention: query i sees the keys j <= i, with the softmax of q . k / sqrt(d);
+        head h of q reads head h // (H // G) of k and v. torch.nn.functional's
+        scaled_dot_product_attention does it all, with is_causal and enable_gqa.
+        x = block.finish(x, y)          (n, D)
+
+    Stage s stands after block first + step * (s - 1). It scores the states that leave this block.
+    How many tokens stay is how many enter the next block by exercise 6; exercise 4 chooses them.
+    The others leave x for good, and so the later caches. A stage where nothing is to be dropped
+    has its number s all the same.
+
+    Returns a tuple: the state (D,) of the prompt's last token as it leaves the last block, and the
+    L caches, a list of tuples.
+
+    Four tokens, two blocks with a stage between them; half stay, of which the first is a sink and
+    the last is local. The blocks add a token's value, which is its state, once:
+    >>> from types import SimpleNamespace
+    >>> same = lambda x: (torch.zeros(1, len(x), 2), torch.zeros(1, len(x), 2), x[None])
+    >>> blocks = [SimpleNamespace(project=same, finish=lambda x, y: x + y[0])] * 2
+    >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [2.0, 4.0]])
+    >>> scorer = lambda s, x, pos: x[:, 0]
+    >>> last, (one, two) = prefill(x, blocks, scorer, (1, 1, 1, 0.5, 1, 0.1), 9.0)
+    >>> last, two[1]
+    ([7, 7.5000], [[[2, 0], [4, 5]]])
+    >>> one[2], two[2]
+    ([0, 1, 2, 3], [0, 3])
     """
     raise NotImplementedError
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "TEACHING.md",
+PAGES = [*(page for folder in ("", "docs", "tests") for page in (ROOT / folder).glob("*.md")),
          ROOT / "results" / "make.sh"]
 
 
