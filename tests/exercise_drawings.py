@@ -21,12 +21,13 @@ def places(held, n):
 
 
 def rotate(f):
-    """Where the first and the second pair of each of nine tokens point."""
-    q, pos = torch.tensor([[[1.0, 1.0, 0.0, 0.0]] * 9]), torch.arange(9)
+    """Where the first and the second pair of tokens at these positions point."""
+    q, pos = torch.tensor([[[1.0, 1.0, 0.0, 0.0]] * 7]), torch.tensor([0, 1, 2, 4, 5, 8, 9])
+    yield " ".join(map(str, pos.tolist()))
     found = f(q, pos, 100.0)[0]
     for pair in range(2):
         angles = torch.atan2(found[:, pair + 2], found[:, pair]).tolist()
-        yield "".join(ARROWS[round(4 * angle / math.pi) % 8] for angle in angles)
+        yield " ".join(ARROWS[round(4 * angle / math.pi) % 8] for angle in angles)
 
 
 def saliency(f):

@@ -25,8 +25,6 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.line(line)
         right = sum(passed for _, passed in exercises)
         terminalreporter.line(f"{right}/{len(exercises)}")
-        for story, _ in recorded(terminalreporter, "story"):
-            terminalreporter.line(story)
     for line, _ in recorded(terminalreporter, "puzzle"):
         terminalreporter.line(line)
 

@@ -175,10 +175,10 @@ def tokens_per_block(n, blocks, first, step, stages, keep, sink, local):
     with Python's round. This is a share of the prompt, not of what is left. Protected are
         protected = min(n, sink + max(1, ceil(local * n - 1e-9)))
 
-    Four tokens, six blocks, three stages after blocks 1, 3 and 5; keep is 0.5. By the share alone
-    2, 1 and 0.5 tokens would be left, but 2 are protected:
-    >>> tokens_per_block(4, 6, 1, 2, 3, 0.5, 1, 0.1)
-    [4, 2, 2, 2, 2, 2]
+    Ten tokens, six blocks, three stages after blocks 1, 3 and 5; keep is 0.5. By the share alone 5,
+    2 (Python rounds 2.5 to the even number) and 1 would be left, but 2 are protected:
+    >>> tokens_per_block(10, 6, 1, 2, 3, 0.5, 1, 0.1)
+    [10, 5, 5, 2, 2, 2]
     """
     raise NotImplementedError
 
@@ -269,7 +269,7 @@ def prefill(x, blocks, scorer, schedule, theta):
     blocks is a list of L blocks, with one state for each token that is still there:
         q, k, v = block.project(x)      q (H, n, d), k and v (G, n, d), not turned yet
         q and k are turned to their tokens' positions, as in exercise 1
-        k, v and the positions are the block's cache, (k, v, pos)
+        the turned k, v and the positions are the block's cache, (k, v, pos)
         y (H, n, d) is attention: query i sees the keys j <= i, with the softmax of q . k / sqrt(d);
         head h of q reads head h // (H // G) of k and v. torch.nn.functional's
         scaled_dot_product_attention does it all, with is_causal and enable_gqa.

@@ -38,7 +38,6 @@ import model as m
 import predictor
 import prune
 import solutions
-from support import show
 from support.chat import choose_chat
 from support.files import need, read_json
 from support.rows import Example, examples
@@ -895,30 +894,33 @@ def test_exercise(name, answers, pytestconfig, record_property):
     option, f = pytestconfig.option, answers.get(name, "this function is missing")
     # our own first call may import for seconds
     seconds = SECONDS if option.impl != "reference" else 10 * SECONDS
-    fault, lent = graded(name, f, option.seed, seconds) if callable(f) else (f, "")
-    result = fault or praise(name, Path(answers["__file__"]).read_text(encoding="utf-8")) + lent
-    if name == "prefill" and option.impl != "reference" and not fault:
-        record_property("story", read_story(f))
-    elif option.impl != "reference" and not fault:
-        draw = getattr(exercise_drawings, name)
-        result = "\n    ".join([result, inspect.getdoc(draw), *draw(f)])
-    conclude(record_property, "exercise", f"{EXERCISES.index(name) + 1} {name}: {result}", fault)
+    story, students = [], option.impl != "reference"
+    with lending(name, f, option.seed) as lent:
+        fault = check(name, f, option.seed, seconds) if callable(f) else f
+        result = fault or praise(name, Path(answers["__file__"]).read_text(encoding="utf-8"))
+        if students and not fault:
+            result += f" (with our {lent})" * bool(lent)
+            draw = getattr(exercise_drawings, name, None)
+            story = [inspect.getdoc(draw), *draw(f)] if draw else read_story(f)
+    line = "\n    ".join([f"{EXERCISES.index(name) + 1} {name}: {result}", *story])
+    conclude(record_property, "exercise", line, fault)
 
 
-def graded(name, f, seed, seconds=SECONDS):
-    """-> what is wrong (see `check`), and "" or that right helpers were lent: a student's mistake
-    costs the exercise where it was made, and not those that call it.
+@contextmanager
+def lending(name, f, seed):
+    """Right helpers for those of a student's that are wrong -> their names: a mistake costs the
+    exercise where it was made, and not those that call it.
     """
-    fault, scope = check(name, f, seed, seconds), getattr(f, "__globals__", {})
-    wrong = [each for each in CALLS.get(name, ()) if fault and check(each, scope.get(each), seed)]
-    if not wrong:
-        return fault, ""
-    scope |= {each: REFERENCE[each] for each in wrong}
-    return check(name, f, seed, seconds), f" (with our {', '.join(wrong)})"
+    scope = getattr(f, "__globals__", {})
+    mine = {each: scope.get(each) for each in CALLS.get(name, ())}
+    wrong = {each: helper for each, helper in mine.items() if check(each, helper, seed)}
+    scope.update({each: REFERENCE[each] for each in wrong})
+    yield ", ".join(wrong)
+    scope.update(wrong)
 
 
 def read_story(f):
-    """The toy's story, read by a student's prefill, and its questions, answered from the caches."""
+    """The toy's story, read by a student's prefill: what is left of each fact, and the answers."""
     root, told = find("toy"), read_json(find("toy") / "demo.json")
     model, tokenizer = m.load("toy", device="cpu"), Tokenizer(root)
     predictors, metadata = prune.load_predictors(root, model)
@@ -933,16 +935,19 @@ def read_story(f):
     caches = [m.KVCache(model.config, len(pos) + 40, x) for _, _, pos in found]
     for cache, (k, v, pos) in zip(caches, found):
         cache.append(k[None], v[None], pos[None])
-    *left, kept = ({*pos} for pos in dict.fromkeys(tuple(pos.tolist()) for _, _, pos in found))
-    stage_of = [i not in kept and sum(i in each for each in left) for i in range(len(ids))]
-    lines = ["your prefill reads a story:",
-             show.survivors_text(tokenizer.pieces(ids), stage_of, len(left), most=120)]
+    kept, pieces = {*found[-1][2].tolist()}, tokenizer.pieces(ids)
+    lines = [f"It reads a story of {len(ids)} tokens. {len(kept)} are in the last cache; a dot is "
+             "one that is not:"]
     for question, fact in told["questions"]:
+        words = tokenizer.encode(fact, bos=False)
+        start = next(i for i in range(len(ids)) if ids[i:i + len(words)] == words)
+        around = range(start - 6, start + len(words) + 6)
+        lines.append("".join(pieces[i] if i in kept else "\u00b7" for i in around).strip())
         asked = torch.tensor([tokenizer.encode(question, bos=False)])
         said = infer.ask(model, asked, len(ids), caches, 8)
         text = tokenizer.decode(said.tokens[:-1] if said.ended else said.tokens)
-        lines.append(f"{question} {text} ({'right' if text == fact else 'wrong'})")
-    return "\n".join(lines)
+        lines.append(f"    {question} {text} ({'right' if text == fact else 'wrong'})")
+    return lines
 
 
 # ---------------------------------------------------------------- the open puzzles: only a score
@@ -1075,9 +1080,9 @@ def test_what_is_no_known_mistake_is_named(name, f, words):
 def test_a_wrong_helper_costs_its_own_exercise_alone():
     scope = {"right": REFERENCE["decode"], "ours": REFERENCE["rotate"], "rotate": torch.neg}
     exec("def decode(*args):\n    return right(*args) if rotate is ours else args", scope)
-    assert graded("decode", scope["decode"], 0) == (None, " (with our rotate)")
-    scope["right"] = torch.neg
-    assert "TypeError" in graded("decode", scope["decode"], 0)[0]
+    with lending("decode", scope["decode"], 0) as lent:
+        assert lent == "rotate" and check("decode", scope["decode"]) is None
+    assert scope["rotate"] is torch.neg
 
 
 @ours
@@ -1092,9 +1097,9 @@ def test_each_exercise_but_the_last_has_a_drawing():
 
 @ours
 def test_the_story_is_read_by_the_reference_as_by_the_demo():
-    told = read_story(REFERENCE["prefill"]).splitlines()
-    assert [line.endswith("(right)") for line in told[-6:]] == [True] * 6
-    assert "kept to the end: 521 of 1494" in told[-7] and told[-7].endswith("stage 10: 58")
+    first, *lines = read_story(REFERENCE["prefill"])
+    assert first.startswith("It reads a story of 1494 tokens. 521 are in the last cache")
+    assert [line.endswith("(right)") for line in lines] == [False, True] * 6
 
 
 @ours
