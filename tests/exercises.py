@@ -10,9 +10,10 @@ These rules hold for all exercises:
   positions.
 - A result is what the docstring names: an int is no float, a tensor no list of tensors.
 - Inputs must not be changed in place.
-- Results may be off by 1e-5.
+- Results may be off by 1e-5 (exercise 9: 1e-4).
 - A call may take ten seconds. The right ones take some milliseconds.
-- You may import what Python and torch have.
+- You may import what Python and torch have, but no module of the repository: `Schedule` is for
+  the puzzle alone.
 - The lines of a function and of the helpers that it calls are counted, and said. Each statement is
   a line, of more than 100 columns two or more. Its def, docstrings, comments and blank lines do not
   count. An answer over its budget passes, but its line says so.
@@ -23,7 +24,7 @@ Run them from the root of the repository:
     python -m pytest tests/test_exercises.py --impl student -k select   # one exercise
     python -m pytest tests/test_exercises.py --impl student --seed 7    # with other numbers
     python -m pytest tests/test_exercises.py --impl student --puzzles   # the puzzles' scores too,
-                                                                        # in some 20 seconds
+                                                                        # in about a minute
 
 A right answer is drawn: the picture shows what your own function returned.
 """
