@@ -90,7 +90,7 @@ def cell(formats, row):
     return ""
 
 
-def lines(columns, only=(), skip=(), ordered=False, first="kept by"):
+def lines(columns, only=(), ordered=False, first="kept by"):
     """Head and lines of a table, lists of cells; the arguments are explained in tables.toml."""
     heads, found = [first], []      # found: for each column {name of a line: row}
     for file, head, _, *where in columns:
@@ -99,7 +99,7 @@ def lines(columns, only=(), skip=(), ordered=False, first="kept by"):
         heads.append(head.format(**rows[0]))
         found.append({row.get("scorer") or row["n"]: row for row in rows})
     names = dict.fromkeys(name for rows in found for name in rows)
-    names = [name for name in names if name not in skip and (not only or name in only)]
+    names = [name for name in names if not only or name in only]
     if ordered:
         names.sort(key=lambda name: found[0].get(name, {}).get("value", math.inf))
     cells = [heads]

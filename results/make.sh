@@ -140,7 +140,6 @@ done
 arms="full predictor random earliest earliest@cut recent@cut truncate oracle:norm_gx"
 make smollm2_passages_8 $quality $small --data out/passages-8.jsonl --context --max-prompt 2200 \
     --limit 16 --scorers $arms
-make smollm2_passages_last $quality $small $four --question last --limit 16 --scorers $arms
 
 # Where the question stands, and a question that is never dropped: infer.py's defaults
 arms="--split validation --limit 40 --scorers full predictor neighbours truncate random"
