@@ -148,20 +148,17 @@ for place in first last both; do
 done
 make smollm2_question_kept $quality $small $four --sink question $arms
 
-# The field's ways to drop tokens: in three orders, at 40% of the tokens, where words do not tell
+# The field's ways to drop tokens: in both orders, on short prompts, and where words do not tell
 arms="full predictor neighbours progressive middle adaptive:0.93 two-pass lookahead lookahead:32
     bm25 bm25:passage truncate random"
-for place in first last both; do
+for place in first last; do
     make smollm2_field_$place $quality $small $four --question $place --limit 65 --scorers $arms
-    make smollm2_field_dolly_$place $quality --ckpt smollm2 $dolly --question $place --limit 60 \
-        --scorers $arms
 done
-arms="full predictor neighbours lookahead lookahead:32 bm25:passage truncate random"
-make smollm2_field_40 $quality $small $four --limit 40 --keep 0.745 --scorers $arms \
-    progressive adaptive:0.7
+make smollm2_field_dolly $quality --ckpt smollm2 $dolly --question first --limit 60 --scorers $arms
 $passages --out out/passages-alike.jsonl --alike
 make smollm2_field_alike $quality $small --data out/passages-alike.jsonl --context \
-    --max-prompt 2000 --split all --scorers $arms bm25
+    --max-prompt 2000 --split all --scorers full predictor neighbours lookahead lookahead:32 \
+    bm25:passage truncate random bm25
 
 # Larger models; the 1.5B's predictors are not committed: 49 rows to mark are half an hour
 arms="full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
@@ -184,8 +181,11 @@ make qwen05_transformers_cpu python -m lab.speed $large --lengths 1024 4096 8192
     --vs transformers --repeats 5 --max-new-tokens 64
 if [[ -n ${GGUF:-} ]]; then          # folder of smollm2.gguf and qwen2.5-coder-0.5b.gguf
     vs="--repeats 3 --max-new-tokens 32 --vs llama.cpp $GGUF"
-    make smollm2_engines python -m lab.speed --ckpt smollm2 --lengths 512 1024 4096 $vs/smollm2.gguf
-    make qwen05_engines python -m lab.speed $large --lengths 512 1024 $vs/qwen2.5-coder-0.5b.gguf
+    make smollm2_engines python -m lab.speed --ckpt smollm2 --lengths 512 1024 4096 \
+        $vs/smollm2.gguf
+    vs="$large $vs/qwen2.5-coder-0.5b.gguf"
+    make qwen05_engines python -m lab.speed --lengths 512 1024 $vs
+    make qwen05_engines_4096 python -m lab.speed --lengths 4096 ${vs/repeats 3/repeats 2}
 fi
 make smollm2_speed_cpu python -m lab.speed --ckpt smollm2 --lengths 512 1024 2048 4096 \
     --vs transformers --repeats 9
