@@ -484,9 +484,8 @@ def quality_options():
     options.add_data_options(parser, limit=100)
     parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
                         default="nll", help="see above")
-    parser.add_argument("--split", choices=("heldout", "validation", "all"),
-                        default="heldout",
-                        help="which of Dolly's rows: to measure on, or to choose settings by")
+    parser.add_argument("--split", choices=("heldout", "validation", "all"), default="heldout",
+                        help="which rows: those to measure on, to choose settings by, or all")
     parser.add_argument("--scorers", nargs="+", help="see above; default: the usual ones")
     parser.add_argument("--draft", metavar="CKPT", help="the model that lookahead asks; it has the "
                         "same tokenizer (default: the model itself)")

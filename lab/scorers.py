@@ -20,9 +20,9 @@ from model import visible
 from prune import predictor_scorer, prefill
 from support.files import need
 
-TRAINED = ("predictor", "neighbours")      # these need trained predictors
+TRAINED = ("predictor", "neighbours")               # these need trained predictors
 SCORERS = (*TRAINED, "random", "recent", "earliest", "norm", "attention")
-FIELD = ("progressive", "middle")                   # of the field
+FIELD = ("progressive", "middle")                   # scorers of the field's methods
 AHEAD = 8                                           # tokens that a lookahead's draft says
 
 
