@@ -270,7 +270,7 @@ def prefill(x, blocks, scorer, schedule, theta):
     blocks is a list of L blocks, with one state for each token that is still there:
         q, k, v = block.project(x)      q (H, n, d), k and v (G, n, d), not turned yet
         q and k are turned to their tokens' positions, as in exercise 1
-        the turned k, v and the positions are the block's cache, (k, v, pos)
+        k (turned), v (not) and the positions are the block's cache, (k, v, pos)
         y (H, n, d) is attention: query i sees the keys j <= i, with the softmax of q . k / sqrt(d);
         head h of q reads head h // (H // G) of k and v. torch.nn.functional's
         scaled_dot_product_attention does it all, with is_causal and enable_gqa.
