@@ -153,8 +153,6 @@ def prepare(setup, arm, prompt, item, seed, known):
     start, (name, _, size) = runs.clock(model.device), arm.scorer.partition(":")
     reader, text, scorer, extra = model, prompt, None, 0
     schedule = setup.schedule
-    if item and item.pinned:
-        schedule = replace(schedule, sink=item.pinned)
     if arm.scorer in ORACLES and arm.scorer not in known:
         right = torch.tensor([item.prompt + item.answers[0].tokens], device=model.device)
         known[arm.scorer] = saliency(model, right, N, schedule.after(blocks), size)
@@ -454,15 +452,19 @@ def error(value, kind=".3f"):
 def cells(rows, arms, lengths, depths):
     """Task needle: the probability of a digit, the geometric mean, at every length and depth.
 
-    rows: those of measure_rows. Prints a line for each cell -> a list of dicts, {arm: probability}.
+    rows: those of measure_rows. Prints a line for each cell -> a list of dicts, one for each arm
+    of a cell.
     """
     print("\nprobability of a digit\nlength  depth" + "".join(f"{arm:>18}" for arm in arms))
     found = []
     for (n, depth), row in zip(itertools.product(lengths, depths), rows):
-        read = {arm: row[arm]["answers"][0] for arm in arms}
-        cell = {arm: math.exp(value / count) for arm, (value, count, _) in read.items()}
-        print(f"{n:6,} {depth:5}%" + "".join(f"{cell[arm]:18.2f}" for arm in arms))
-        found.append({"length": n, "depth": depth, **cell})
+        text = f"{n:6,} {depth:5}%"
+        for arm in arms:
+            value, count, _ = row[arm]["answers"][0]
+            digit = math.exp(value / count)
+            text += f"{digit:18.2f}"
+            found.append({"scorer": arm, "length": n, "depth": depth, "probability": digit})
+        print(text)
     return found
 
 
@@ -480,7 +482,7 @@ USED_BY = {     # what shapes each task
 
 def quality_options():
     parser = options.command_parser(__doc__)
-    options.add_pruning_options(parser, options.tokens_or_question)
+    options.add_pruning_options(parser)
     options.add_data_options(parser, limit=100)
     parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
                         default="nll", help="see above")
@@ -506,7 +508,6 @@ def quality_options():
     options.refuse_idle(parser, args, f"with --task {args.task}", " ".join(idle))
     need(args.draft is None or "lookahead" in " ".join(args.scorers or ()),
          "--draft is for the scorer lookahead: name it, or leave it out")
-    need(args.sink != "question" or args.task == "nll", "--sink question is for --task nll")
     return args
 
 
@@ -514,9 +515,8 @@ def read_items(args, tokenizer, chat):
     """The Items of a task."""
     limits, data = (args.min_prompt, args.max_prompt, args.max_response), args.data
     if args.task == "nll":
-        rows = options.rows_from(args, tokenizer, chat, args.split)
-        args.sink = None if args.sink == "question" else args.sink      # each row has its own
-        return [tasks.as_item(*row) for row in rows]
+        return [tasks.as_item(*row)
+                for row in options.rows_from(args, tokenizer, chat, args.split)]
     if args.task == "text":
         return tasks.text_items(tokenizer, data, *limits[1:], args.limit)
     if args.task == "lambada":

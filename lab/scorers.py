@@ -71,13 +71,6 @@ def norm(s, x, pos):
 # --------------------------------------------------------------------------------------- attention
 
 
-def entered(model, schedule, s, pos):
-    """The block that stage s stands before, and the Rope of the tokens that enter it."""
-    b = schedule.after(len(model.blocks))[s - 1]
-    # the list counts from 0; the last position is on the device, and not waited for
-    return model.blocks[b], model.rope(pos, model.config.max_positions)
-
-
 def attention(q, k, pos_q, pos_k, window=None):
     """What each query gives each key: q (1, H, n, d), k (1, G, m, d) -> (1, H, n, m) fp32."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -97,9 +90,11 @@ def attention_scorer(model, schedule, last=None, pool=1, chunk=256):
     It is summed over heads and (the `last`) queries, `chunk` queries at a time, and averaged over
     `pool` neighbours.
     """
+    after = schedule.after(len(model.blocks))
+
     def scorer(s, x, pos):
-        block, rope = entered(model, schedule, s, pos)
-        q, k, _ = block.qkv(x, rope)
+        rope = model.rope(pos, model.config.max_positions)  # the last position is not waited for
+        q, k, _ = model.blocks[after[s - 1]].qkv(x, rope)   # the list counts from 0
         first = -(last or pos.shape[1])
         received = torch.zeros(pos.shape, device=x.device)
         for some, at in zip(q[:, :, first:].split(chunk, 2), pos[:, first:].split(chunk, 1)):

@@ -17,9 +17,6 @@ order. The file has rows {instruction, context, response} whose splits are read_
 
     --plain 0.5         half of the training rows have their own passage alone, as in --data: one
                         file of predictors that serves both
-    --alone passage     the same rows in the same order, the right passage alone: what reading no
-                        distractors is worth
-    --alone question    the question alone: what the model knows without reading
     --alike             other rows: of the held-out and validation ones those to whose question
                         another passage is as like as the right one, by the words that it shares;
                         in the rows above none is, which favours a filter by words (read them with
@@ -48,17 +45,16 @@ class Item(NamedTuple):
     prompt: list                    # token ids
     answers: list                   # of Answer
     texts: tuple = ()               # reference answers, for F1 and ROUGE-L
-    pinned: int = 0                 # first tokens that must not be dropped
     row: dict = {}                  # what the prompt was made of
 
 
-def as_item(tokens, prompt_len, pinned=0, row={}, texts=(), start=0):
+def as_item(tokens, prompt_len, row={}, texts=(), start=0):
     """Token ids, of which the first prompt_len are the prompt, the others its only answer.
 
     start: the first token of the answer that counts.
     """
     ids = [int(token) for token in tokens]
-    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), pinned, row)
+    return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), row)
 
 
 # --------------------------------------------------------------------------- LAMBADA and plain text
@@ -335,11 +331,6 @@ def passages(path, splits, k, find=gather):
     return found
 
 
-def alone(row, part):
-    """A row of `passages` with nothing but its own passage, or nothing but its question."""
-    return row | {"context": row["passage"] if part == "passage" else ""}
-
-
 def three_splits(path, k, plain):
     """Rows with k passages, in the proportions in which read_rows finds its splits again: 18:1:1.
 
@@ -351,7 +342,7 @@ def three_splits(path, k, plain):
     rows = train[:18 * m]
     for i, row in enumerate(rows):
         if int((i + 1) * plain) > int(i * plain):       # evenly spread
-            rows[i] = alone(row, "passage")
+            rows[i] = row | {"context": row["passage"]}
     rows += [row for split in others for row in split[:m]]
     return rows, f"{18 * m} rows to train on, {m} held out, {m} to choose by"
 
@@ -364,8 +355,6 @@ def main():
                         help="passages in a prompt")
     parser.add_argument("--plain", type=float, default=0.0, metavar="SHARE",
                         help="of the training rows, with their own passage alone")
-    parser.add_argument("--alone", choices=("passage", "question"),
-                        help="all rows with nothing but this")
     parser.add_argument("--alike", action="store_true", help="rows in which another passage shares "
                         "as many words with the question as the right one")
     args = parser.parse_args()
@@ -376,8 +365,6 @@ def main():
         parts = f"{len(rows)} rows to measure on"
     else:
         rows, parts = three_splits(args.data, args.passages, args.plain)
-    if args.alone:
-        rows = [alone(row, args.alone) for row in rows]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     args.out.write_text("".join(lines), encoding="utf-8")
     print(f"{args.out}: {parts}; {args.passages} passages each, rows {digest(rows)}")

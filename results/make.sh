@@ -131,22 +131,9 @@ for part in near around; do         # docs/choices.md: one of the two without th
         --scorers full predictor random > "out/$part.lines"
     mv "out/$part.lines" "out/$part.log"
 done
-for part in passage question; do
-    context=$([[ $part == question ]] || echo --context)
-    $passages --out out/passages-$part.jsonl --alone $part
-    make smollm2_${part}_alone $quality $small --data out/passages-$part.jsonl $context \
-        --max-prompt 2000 --limit 65 --scorers full
-done
 arms="full predictor random earliest earliest@cut recent@cut truncate oracle:norm_gx"
 make smollm2_passages_8 $quality $small --data out/passages-8.jsonl --context --max-prompt 2200 \
     --limit 16 --scorers $arms
-
-# Where the question stands, and a question that is never dropped: infer.py's defaults
-arms="--split validation --limit 40 --scorers full predictor neighbours truncate random"
-for place in first last both; do
-    make smollm2_question_$place $quality $small $four --question $place $arms
-done
-make smollm2_question_kept $quality $small $four --sink question $arms
 
 # The field's ways to drop tokens: in both orders, on short prompts, and where words do not tell
 arms="full predictor neighbours progressive middle adaptive:0.93 two-pass lookahead lookahead:32

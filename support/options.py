@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -83,8 +84,8 @@ SCHEDULE_HELP = {   # name: type, meaning, the paper's value for 32 blocks
     "step": (int, "blocks between stages", 3),
     "stages": (int, "number of stages", 10),
     "keep": (float, "stage s keeps keep^s of the prompt", 0.9),
-    "sink": (int, "first tokens always kept; in infer.py and lab.quality also question: all of a "
-             "question that stands first, which is a promise, not a gain (docs/results.md)", 4),
+    "sink": (int, "first tokens always kept; in infer.py also question: all of a question that "
+             "stands first, which is a promise, not a gain (docs/results.md)", 4),
     "local": (float, "share of last tokens always kept", 0.1),
 }
 
@@ -377,9 +378,10 @@ def read_prompt(args, tokenizer):
     if question or expected is not None:
         row = {"instruction": question or text, "context": text * bool(question), "response": "",
                "before": before}
-        example = encode_row(tokenizer, row, chat, None, place, args.sink == "question")
-        args.sink = example.pinned or args.sink
-        ids = example.tokens.tolist()
+        ids, *others = (encode_row(tokenizer, row | part, chat, None, place).tokens.tolist()
+                        for part in ({}, {"context": "0"}, {"context": "x"}))
+        if args.sink == "question":     # what stands before any context
+            args.sink = len(commonprefix(others))
     else:
         ids = tokenizer.encode(render(chat, text), chat.bos)
     return Prompt(ids, [Question(question, [], expected)], tokenizer)
@@ -450,8 +452,7 @@ def rows_from(args, tokenizer, chat, split, limit=None):
     path = args.data or rows_at_hand(args.ckpt)
     limits = args.min_prompt, args.max_prompt, args.max_response, args.context
     return examples(tokenizer, path, split, chat, *limits, limit or args.limit, args.question,
-                    describe(args.ckpt)[1]["max_positions"],
-                    pin=getattr(args, "sink", None) == "question")
+                    describe(args.ckpt)[1]["max_positions"])
 
 
 def training_rows(args, tokenizer):

@@ -11,7 +11,6 @@ import codecs
 import hashlib
 import json
 from collections import Counter
-from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,6 @@ ASIDE = (*PARTS, "category", "text", "passage")
 class Example(NamedTuple):
     tokens: torch.Tensor            # (N,) prompt, then response
     prompt_len: int
-    pinned: int = 0                 # first tokens that must not be dropped, where that is asked for
     row: dict = {}                  # what it was made of
 
 
@@ -155,25 +153,20 @@ def prompt_text(row, question="first"):
     return "\n\n".join(orders[question])
 
 
-def encode_row(tokenizer, row, chat, max_response=96, question="first", pin=False):
+def encode_row(tokenizer, row, chat, max_response=96, question="first"):
     """A row {instruction, context, response} -> Example; the response is cut.
 
     chat: the template around the user's text, a support.chat.Chat. The plain one marks no end of
-    the prompt, so here a line break does. pin: what stands before the context, a question that
-    comes first, is to be kept.
+    the prompt, so here a line break does.
     """
-    def ids(row):
-        text = prompt_text(row, question) + "\n" * (chat.name == "plain")
-        return tokenizer.encode(render(chat, text, row.get("before", ())), chat.bos)
-
-    prompt = ids(row)
+    text = prompt_text(row, question) + "\n" * (chat.name == "plain")
+    prompt = tokenizer.encode(render(chat, text, row.get("before", ())), chat.bos)
     response = tokenizer.encode(row["response"], bos=False)[:max_response]
-    pinned = len(commonprefix([ids(row | {"context": other}) for other in "0x"])) if pin else 0
-    return Example(torch.tensor(prompt + response), len(prompt), pinned, row)
+    return Example(torch.tensor(prompt + response), len(prompt), row)
 
 
 def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_response=96,
-             context=False, limit=None, question="first", max_positions=2**31, pin=False):
+             context=False, limit=None, question="first", max_positions=2**31):
     """Encoded rows of a file whose prompt has min_prompt to max_prompt tokens, at most `limit`.
 
     context: only rows that have one. max_response: responses are cut to so many tokens, None: not.
@@ -187,7 +180,7 @@ def examples(tokenizer, path, split, chat, min_prompt=1, max_prompt=4096, max_re
         if context and not row.get("context"):
             lost["without a context"] += 1
             continue
-        whole = encode_row(tokenizer, row, chat, None, question, pin)
+        whole = encode_row(tokenizer, row, chat, None, question)
         n = whole.prompt_len
         tokens = whole.tokens[:n + max_response] if max_response else whole.tokens
         faults = {f"shorter than --min-prompt {min_prompt}": n < min_prompt,

@@ -222,8 +222,9 @@ def test_needles_by_length_and_depth(capsys):
     done = [row_of({"full": 4 * i, "random": 40}) for i in range(4)]
     found = quality.cells(done, ["full", "random"], [100, 2000], [0, 50])
     places = [(100, 0), (100, 50), (2000, 0), (2000, 50)]
-    assert found == [{"length": n, "depth": depth, "full": math.exp(-i), "random": math.exp(-10)}
-                     for i, (n, depth) in enumerate(places)]
+    assert found == [{"scorer": arm, "length": n, "depth": depth, "probability": value}
+                     for i, (n, depth) in enumerate(places)
+                     for arm, value in (("full", math.exp(-i)), ("random", math.exp(-10)))]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split() == ["2,000", "50%", "0.05", "0.00"]
 
@@ -312,7 +313,7 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     quality.main()
     found = [(row["metric"], row["scorer"]) for row in result["rows"]]
     assert found == [(metric, arm) for metric in metrics for arm in arms]
-    assert len(result.get("cells", ())) == (2 if task == "needle" else 0)
+    assert len(result.get("cells", ())) == (2 * len(arms) if task == "needle" else 0)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -320,7 +321,6 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     (("--scorers", "full+h2o", "--h2o", "1.5"), "have to be shares"),
     (("--scorers", "full", "middle@5"), "middle has one cut in its own place, @5 does nothing"),
     (("--draft", "toy"), "--draft is for the scorer lookahead"),
-    (("--sink", "x"), "invalid tokens_or_question value: 'x'"),
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),
 ])
