@@ -567,8 +567,7 @@ def main():
     done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
     rows = table(done, arms, args.task, named)
     show(rows)
-    if len(items) < 10:
-        print(f"\n{len(items)} rows{options.few(len(items))}")
+    print(f"\n{len(items)} rows{options.few(len(items))}")
     told = {"task": args.task, "data": Path(args.data).name, "schedule": asdict(schedule),
             "prompt_tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
             "rows": rows}

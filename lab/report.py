@@ -128,7 +128,6 @@ def source(files, up):
 
 EQUATIONS = ("module", "mask", "saliency", "MSE", "ranking, all stages",
              "ranking, one stage", "cross entropy", "the whole loss")
-NOT_BY_DEFAULT = {2: "only with `--mask gumbel`"}
 
 
 def equations():
@@ -140,8 +139,8 @@ def equations():
             if mark := re.search(r" # Eq\. (\d)$", code):
                 where = f"[{name}.py, line {line}]({name}.py#L{line}), `{around(text, line)}`"
                 found[int(mark[1])] = where
-    cells = [[f"Eq. {n}, {EQUATIONS[n - 1]}", found[n], NOT_BY_DEFAULT.get(n, "yes")]
-             for n in sorted(found)]
+    cells = [[f"Eq. {n}, {EQUATIONS[n - 1]}", found[n],
+              "only with `--mask gumbel`" if n == 2 else "yes"] for n in sorted(found)]
     return [["paper", "here", "runs by default?"], *cells]
 
 
@@ -183,7 +182,7 @@ def render(text, page):
 
 
 def figures():
-    """Draw quality against tokens kept, and the speed-up against the prompt's length."""
+    """Draw quality against tokens kept, the speed-up against the prompt's length, and needles."""
     points = [(called(row["scorer"]).strip("*"), 100 * row["mean_keep"], row["vs_full"],
                row["vs_full_stderr"])
               for row in result("smollm2_tradeoff")["rows"] if "vs_full" in row]
@@ -197,6 +196,7 @@ def figures():
                   "end to end, measured": gain["e2e"]}
         points += [(label, row["n"], value, 0) for label, value in curves.items()]
     draw("qwen05_speed_cpu", points, xlabel="prompt tokens", ylabel="speed-up of SDTP")
+    needles(("full", "predictor", "lookahead:32", "middle"), ("first", "last", "both"))
 
 
 def draw(name, points, **axis):
@@ -208,6 +208,26 @@ def draw(name, points, **axis):
     ax.set(**axis)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     show.save(figure, RESULTS / f"{name}.png")
+
+
+def needles(arms, places):
+    """A panel for each method and place of the question: where is a hidden number still read?"""
+    figure, panels = show.pyplot().subplots(len(places), len(arms), layout="constrained",
+                                            figsize=(10, 7))
+    for place, line in zip(places, panels):
+        cells = [cell for file in RESULTS.glob(f"qwen05_needle_{place}*.json")
+                 for cell in result(file.stem)["cells"]]
+        for arm, ax in zip(arms, line):
+            at = {(cell["depth"], cell["length"]): cell["probability"] for cell in cells
+                  if cell["scorer"] == arm}
+            depths, lengths = (sorted(set(axis)) for axis in zip(*at))
+            image = ax.imshow([[at[d, n] for n in lengths] for d in depths], vmin=0, vmax=1,
+                              aspect="auto")
+            ax.set(xticks=range(len(lengths)), xticklabels=lengths, yticks=range(len(depths)),
+                   yticklabels=depths, title=f"{called(arm).strip('*')}\nquestion {place}",
+                   xlabel="prompt tokens", ylabel="depth, %")
+    figure.colorbar(image, ax=panels, label="probability of a digit")
+    show.save(figure, RESULTS / "qwen05_needle.png")
 
 
 def main():

@@ -135,13 +135,28 @@ arms="full predictor random earliest earliest@cut recent@cut truncate oracle:nor
 make smollm2_passages_8 $quality $small --data out/passages-8.jsonl --context --max-prompt 2200 \
     --limit 16 --scorers $arms
 
-# The field's ways to drop tokens: in both orders, on short prompts, and where words do not tell
+# The field's ways to drop tokens: the question in every place, two budgets, short prompts, where
+# words do not tell, and a small model that drafts for a larger one
 arms="full predictor neighbours progressive middle adaptive:0.93 two-pass lookahead lookahead:32
     bm25 bm25:passage truncate random"
 for place in first last; do
     make smollm2_field_$place $quality $small $four --question $place --limit 65 --scorers $arms
 done
 make smollm2_field_dolly $quality --ckpt smollm2 $dolly --question first --limit 60 --scorers $arms
+arms="full predictor neighbours middle adaptive:0.93 lookahead lookahead:32 bm25:passage truncate
+    random"
+make smollm2_field_both $quality $small $four --question both --limit 65 --scorers $arms
+for place in last both; do
+    make smollm2_field_dolly_$place $quality --ckpt smollm2 $dolly --question $place --limit 60 \
+        --scorers $arms
+done
+make smollm2_field_40 $quality $small $four --limit 40 --keep 0.745 --scorers full predictor \
+    neighbours adaptive:0.7 lookahead lookahead:32 bm25:passage truncate random
+make smollm2_field_40_cut $quality $small $four --limit 40 --keep 0.745 --scorers full predictor \
+    predictor@cut neighbours@cut random
+make qwen15_field $quality --ckpt qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b \
+    --data out/passages.jsonl --context --max-prompt 900 --limit 24 \
+    --scorers full lookahead lookahead:32 bm25:passage truncate random
 $passages --out out/passages-alike.jsonl --alike
 make smollm2_field_alike $quality $small --data out/passages-alike.jsonl --context \
     --max-prompt 2000 --split all --scorers full predictor neighbours lookahead lookahead:32 \
@@ -157,10 +172,12 @@ if wanted "$results/qwen15_passages.json" qwen15_passages; then
     python train.py $largest $mixed --epochs 16 --limit 49 --out out/passages-15
 fi
 make qwen15_passages $quality $largest --predictors out/passages-15 $four --limit 13 --scorers $arms
+needle="$quality $large --task needle --data $data/wikitext2_valid.jsonl --lengths 1024 2048 4096"
 for place in first last; do
-    make qwen05_needle_$place $quality $large --task needle --data $data/wikitext2_valid.jsonl \
-        --lengths 1024 2048 4096 --question $place --scorers full predictor predictor@cut recent
+    make qwen05_needle_$place $needle --question $place --scorers full predictor predictor@cut recent
+    make qwen05_needle_${place}_field $needle --question $place --scorers lookahead:32 middle
 done
+make qwen05_needle_both ${needle% 4096} --question both --scorers full predictor lookahead:32 middle
 
 # Speed (Table 2): nothing else may run
 make qwen05_speed_cpu python -m lab.speed $large --lengths 1024 4096 8192 16384 32640

@@ -140,7 +140,12 @@ def test_the_equations_point_at_their_lines():
 def test_the_curves_are_drawn(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     found = {name: report.result(name) for name in ("smollm2_tradeoff", "qwen05_speed_cpu")}
+    cells = [{"scorer": arm, "length": 1024, "depth": 0, "probability": 0.5}
+             for arm in ("full", "predictor", "lookahead:32", "middle")]
+    for place in ("first", "last", "both"):
+        found[f"qwen05_needle_{place}"] = {"cells": cells}
+        (tmp_path / f"qwen05_needle_{place}.json").touch()
     monkeypatch.setattr(report, "result", found.get)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.figures()
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert len(list(tmp_path.glob("*.png"))) == 3
