@@ -552,9 +552,9 @@ def main():
     new = args.max_new_tokens if args.task == "long" else 0
     score, named = (tasks.rouge_l(), "rouge_l") if args.rouge else (tasks.f1, "f1")
     lengths = [len(item.prompt) for item in items]
-    print(f"{args.ckpt}, {args.task}: {len(items)} rows, prompts of {min(lengths)} to "
-          f"{max(lengths)} tokens; {options.in_words(file, metadata, chat)}; stages "
-          f"after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}", flush=True)
+    print(f"{args.ckpt}, {args.task}: {len(items)} rows{options.few(len(items))}; prompts of "
+          f"{min(lengths)} to {max(lengths)} tokens; {options.in_words(file, metadata, chat)}; "
+          f"stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}", flush=True)
     # before the work, not in the midst of it
     model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
                               for item in items))
@@ -567,7 +567,6 @@ def main():
     done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
     rows = table(done, arms, args.task, named)
     show(rows)
-    print(f"\n{len(items)} rows{options.few(len(items))}")
     told = {"task": args.task, "data": Path(args.data).name, "schedule": asdict(schedule),
             "prompt_tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
             "rows": rows}

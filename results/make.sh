@@ -177,6 +177,7 @@ for place in first last; do
     make qwen05_needle_$place $needle --question $place --scorers full predictor predictor@cut recent
     make qwen05_needle_${place}_field $needle --question $place --scorers lookahead:32 middle
 done
+# without the 4,096: four arms of it are half an hour
 make qwen05_needle_both ${needle% 4096} --question both --scorers full predictor lookahead:32 middle
 
 # Speed (Table 2): nothing else may run
