@@ -554,7 +554,8 @@ def main():
     lengths = [len(item.prompt) for item in items]
     print(f"{args.ckpt}, {args.task}: {len(items)} rows{options.few(len(items))}; prompts of "
           f"{min(lengths)} to {max(lengths)} tokens; {options.in_words(file, metadata, chat)}; "
-          f"stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}", flush=True)
+          f"stages after blocks {schedule.after(len(model.blocks))}, keep {schedule.keep}",
+          flush=True)
     # before the work, not in the midst of it
     model.check_positions(max(len(item.prompt) + max(new, len(item.answers[0].tokens)) - 1
                               for item in items))
