@@ -14,12 +14,13 @@ could not.
 What is trained and measured is kept under --work: the same command goes on where it was stopped.
 The names there hold a hash of all weights of the backbone, so no other model's numbers are read.
 """
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lab.quality import Setup, difference, measure_arm, metrics, ratio, table
-from lab.scorers import SCORERS
+from lab.scorers import SCORERS, lookahead
 from lab.tasks import as_item
 from model import Tokenizer, load
 from prune import UNPRUNED, Schedule, load_predictors, load_pruning
@@ -30,9 +31,18 @@ from support.rows import digest
 from support.weights import DTYPES
 from train import Recipe, fit, marking
 
+
+
+@dataclass(frozen=True)
+class Taught(Recipe):
+    """A Recipe for predictors that may have another teacher than the gradient."""
+    teacher: str = "gradient"       # see with_attention for the others: attention, product
+
+
 ALONE = Recipe(cls=0, mse=0, states="marked")   # the ranking loss alone: no pruning pass is needed
 BEST = replace(ALONE, pairs="saliency")
 CROSS_ENTROPY = Recipe(mse=0, rank=0)
+PASSAGES = Taught(cls=0, mse=0, states="marked", pairs="saliency", near=True, around=0.5)
 TABLES = {
     "losses": {
         "SDTP: cross entropy + MSE + ranking": Recipe(),
@@ -52,6 +62,9 @@ TABLES = {
         "the same, reduction norm of g": replace(BEST, reduce="norm_g"),
         "the same, reduction |g . x|": replace(BEST, reduce="abs_dot"),
     },
+    "teachers": {f"{teacher}, pairs {pairs}": replace(PASSAGES, teacher=teacher, pairs=pairs)
+                 for pairs in ("saliency", "equal")
+                 for teacher in ("gradient", "attention", "product")},
 }
 
 
@@ -59,6 +72,19 @@ TABLES = {
 
 ROW = "{group}, keep {keep}: {scorer:50} NLL {value:.3f} +- {stderr:.3f}  kept {mean_keep:.1%}"
 GAP = "  share of gap {share_of_gap:.1%} +- {share_stderr:.1%}"
+
+
+def with_attention(marker, alone=False):
+    """A marking whose saliency is times, or `alone`, the attention that the answer gives a token.
+
+    It is that of speculative prefill, from the tokens of the reference answer.
+    """
+    def marks(model, example, schedule, recipe):
+        found, P = marker(model, example, schedule, recipe), example.prompt_len
+        tokens = example.tokens[None].to(model.device)
+        given = lookahead(model, tokens[:, :P], tokens[:, P:])[0]   # (P,), the same for all stages
+        return found._replace(saliency=[given if alone else given * s for s in found.saliency])
+    return marks
 
 
 class Study:
@@ -71,7 +97,11 @@ class Study:
         self.model, self.work, self.epochs, self.quiet = model, Path(work), epochs, quiet
         self.backbone = digest(model, asdict(model.config), str(model.dtype), model.device.type)
         self.kept = runs.Measured(self.work / f"nll-{self.backbone}.jsonl", self.backbone)
-        self.marker = runs.remembering(marking)     # variants share their marking passes
+        marker = runs.remembering(marking)          # variants share their marking passes
+        self.markers = {
+            "gradient": marker,
+            "attention": runs.remembering(with_attention(marker, True)),
+            "product": runs.remembering(with_attention(marker))}
 
     def train(self, rows, schedule, recipe):
         """Predictors trained on rows: from nothing, from where it was stopped, or as they lie."""
@@ -79,7 +109,8 @@ class Study:
         recipe = replace(recipe, steps=steps)
         name = digest(self.backbone, asdict(recipe), asdict(schedule), rows)
         out = self.work / f"trained-{name}" / runs.PREDICTORS
-        fit(self.model, rows, schedule, recipe, out, self.marker, report_every=steps, save_every=30,
+        marker = self.markers[getattr(recipe, "teacher", "gradient")]
+        fit(self.model, rows, schedule, recipe, out, marker, report_every=steps, save_every=30,
             resume=True, quiet=self.quiet)
         return load_predictors(out, self.model)[0]
 
@@ -153,19 +184,14 @@ def figures(study, rows, heldout):
     return found
 
 
-def draw(found, title, prefix):
+def draw(found, prefix):
     """Both figures as PREFIX_figure4.png and PREFIX_figure5.png."""
-    for group, label in (("figure 4", "block after which the one stage stands"),
-                         ("figure 5", "stages, after block 4 and every third")):
-        figure, ax = show.pyplot().subplots(figsize=(6, 3.5))
-        rows = [row for row in found if row["group"] == group]
-        for keep in sorted({row["keep"] for row in rows}):
-            cost, errors = zip(*[(row["vs_full"], row["vs_full_stderr"]) for row in rows
-                                 if row["keep"] == keep])
-            ax.errorbar(range(1, len(cost) + 1), cost, errors, marker="o", label=f"keep {keep}")
-        ax.set(xlabel=label, ylabel="NLL per token above the full model", title=title)
-        ax.legend()
-        show.save(figure, f"{prefix}_{group.replace(' ', '')}.png")
+    for figure, label in ((4, "block after which the one stage stands"),
+                          (5, "stages, after block 4 and every third")):
+        points = [(f"keep {row['keep']}", int(re.search(r"\d+", row["scorer"])[0]), row["vs_full"],
+                   row["vs_full_stderr"]) for row in found if row["group"] == f"figure {figure}"]
+        show.points(f"{prefix}_figure{figure}.png", points, xlabel=label,
+                    ylabel="NLL per token above the full model")
 
 
 def tradeoff(study, heldout, schedule, predictors):
@@ -188,9 +214,9 @@ def read_options():
     options.add_data_options(parser, limit=40)
     parser.add_argument("--table", choices=(*TABLES, "figures", "tradeoff"), default="losses",
                         help="losses: Tables 4 and 5; seeds: cross entropy alone, for several "
-                        "--seeds; targets: what the ranking learns from; figures: 4 and 5; "
-                        "tradeoff: every scorer at several keep ratios, with the checkpoint's own "
-                        "predictors")
+                        "--seeds; targets, teachers: what the ranking learns from; figures: 4 and "
+                        "5; tradeoff: every scorer at several keep ratios, with the checkpoint's "
+                        "own predictors")
     parser.add_argument("--rows", type=options.at_least(1), default=200,
                         help="training rows (--limit counts the held-out ones)")
     parser.add_argument("--epochs", type=options.at_least(1), default=2, help="passes over them")
@@ -201,10 +227,9 @@ def read_options():
     parser.add_argument("--work", default="out/ablations",
                         help="where what is trained and measured is kept")
     args = parser.parse_args()
-    uses = {"seeds": tuple(TABLES), "png": ("figures",), "predictors": ("tradeoff",)}
-    for name, tables in uses.items():
-        need(not getattr(args, name) or args.table in tables,
-             f"--table {args.table} does nothing with --{name}: it is for {', '.join(tables)}")
+    idle = {"figures": "seeds predictors", "tradeoff": "seeds png rows epochs"}
+    options.refuse_idle(parser, args, f"with --table {args.table}",
+                        idle.get(args.table, "png predictors"))
     return args
 
 
@@ -231,7 +256,7 @@ def main():
     else:
         found = losses(study, rows, heldout, schedule, TABLES[args.table], args.seeds or [0])
     if args.png:
-        draw(found, f"{args.ckpt}, {len(heldout)} rows", args.png)
+        draw(found, args.png)
     options.print_json(args, model, {
         "table": args.table, "schedule": asdict(schedule), "training_rows": len(rows),
         "epochs": args.epochs, "rows": found})

@@ -19,7 +19,6 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 compared one by one
        text     likelihood of the next --max-response tokens after --max-prompt tokens of plain
                 text, rows {text}
-       lambada  the last word of {text}: is it the model's own choice?
        long     rows {context, input, answers} (LongBench), {transcript, queries} (QMSum) or
                 Dolly's: F1 or ROUGE-L of the generated answer, its likelihood, and Table 1's times
        needle   a sentence that gives a town a number is hidden in plain text, rows {text}: how
@@ -358,7 +357,7 @@ def metrics(rows, arm, task, score="f1"):
     own = [row[arm] for row in rows]
     values, counts, chosen = zip(*(one["answers"][0] for one in own))
     found = {"nll": Metric([-value for value in values], list(counts))}
-    if task in ("lambada", "needle"):
+    if task == "needle":
         found["acc"] = mean_of(chosen)
     if task == "long":
         found[score] = mean_of(one["score"] for one in own)
@@ -473,7 +472,6 @@ def cells(rows, arms, lengths, depths):
 USED_BY = {     # what shapes each task
     "nll": "split context question min_prompt max_prompt max_response template system limit",
     "text": "max_prompt max_response limit",
-    "lambada": "limit",
     "long": "split question min_prompt max_prompt max_response template system limit "
             "max_new_tokens rouge",
     "needle": "question template system lengths depths",
@@ -484,8 +482,8 @@ def quality_options():
     parser = options.command_parser(__doc__)
     options.add_pruning_options(parser)
     options.add_data_options(parser, limit=100)
-    parser.add_argument("--task", choices=("nll", "text", "lambada", "long", "needle"),
-                        default="nll", help="see above")
+    parser.add_argument("--task", choices=("nll", "text", "long", "needle"), default="nll",
+                        help="see above")
     parser.add_argument("--split", choices=("heldout", "validation", "all"), default="heldout",
                         help="which rows: those to measure on, to choose settings by, or all")
     parser.add_argument("--scorers", nargs="+", help="see above; default: the usual ones")
@@ -519,8 +517,6 @@ def read_items(args, tokenizer, chat):
                 for row in options.rows_from(args, tokenizer, chat, args.split)]
     if args.task == "text":
         return tasks.text_items(tokenizer, data, *limits[1:], args.limit)
-    if args.task == "lambada":
-        return tasks.lambada_items(tokenizer, data, args.limit)
     if args.task == "long":
         return tasks.long_items(tokenizer, data, chat, args.split, *limits, args.question,
                                 args.limit)

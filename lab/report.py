@@ -186,8 +186,8 @@ def figures():
     points = [(called(row["scorer"]).strip("*"), 100 * row["mean_keep"], row["vs_full"],
                row["vs_full_stderr"])
               for row in result("smollm2_tradeoff")["rows"] if "vs_full" in row]
-    draw("smollm2_keep", points, xlabel="tokens kept, mean over blocks, %",
-         ylabel="NLL per token above the full model")
+    show.points(RESULTS / "smollm2_keep.png", points, xlabel="tokens kept, mean over blocks, %",
+                ylabel="NLL per token above the full model")
     points = []
     for row in result("qwen05_speed_cpu")["bench"]:
         gain = row["speedup"]
@@ -195,19 +195,9 @@ def figures():
                   "end to end, by the floors": gain["e2e_by_floors"],
                   "end to end, measured": gain["e2e"]}
         points += [(label, row["n"], value, 0) for label, value in curves.items()]
-    draw("qwen05_speed_cpu", points, xlabel="prompt tokens", ylabel="speed-up of SDTP")
+    show.points(RESULTS / "qwen05_speed_cpu.png", points, xlabel="prompt tokens",
+                ylabel="speed-up of SDTP")
     needles(("full", "predictor", "lookahead:32", "middle"), ("first", "last", "both"))
-
-
-def draw(name, points, **axis):
-    """A picture in results/: a line for each label of (label, x, y, error of y)."""
-    figure, ax = show.pyplot().subplots()
-    for marker, label in zip("osx^v<>D", dict.fromkeys(point[0] for point in points)):
-        _, x, y, error = zip(*(point for point in points if point[0] == label))
-        ax.errorbar(x, y, error, marker=marker, capsize=2, label=label)
-    ax.set(**axis)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    show.save(figure, RESULTS / f"{name}.png")
 
 
 def needles(arms, places):

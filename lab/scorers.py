@@ -112,16 +112,18 @@ def oracle_scorer(saliency):
 
 
 @torch.no_grad()
-def lookahead(draft, tokens, new=AHEAD, pool=13):
+def lookahead(draft, tokens, said=None):
     """Speculative prefill (2502.02789): what the tokens that a draft model says next look at.
 
-    A token's score is the attention that it receives from each of `new` greedy tokens, averaged
-    over `pool` neighbours, the highest of all heads and blocks, and then the mean over the tokens:
+    A token's score is the attention that it receives from each of AHEAD greedy tokens, averaged
+    over 13 neighbours, the highest of all heads and blocks, and then the mean over the tokens:
     tokens (1, N) -> (1, N). The draft reads the whole prompt; its tokenizer is the model's.
+    said (1, n): such tokens that are known, the reference answer's, instead.
     """
-    N = tokens.shape[1]
+    N, new = tokens.shape[1], AHEAD if said is None else said.shape[1]
     logits, caches, _ = prefill(draft, tokens, room=new)
-    said = torch.tensor([list(islice(decode(draft, logits, caches, N), new))], device=draft.device)
+    if said is None:
+        said = tokens.new_tensor([list(islice(decode(draft, logits, caches, N), new))])
     pos = torch.arange(N + new, device=draft.device)[None]
     rope, x, best = draft.rope(pos[:, N:], N + new), draft.embed(said), logits.new_zeros(())
     for block, cache in zip(draft.blocks, caches):
@@ -129,7 +131,7 @@ def lookahead(draft, tokens, new=AHEAD, pool=13):
         q, _, _ = block.qkv(x, rope)
         x = block(x, rope, cache.attend)
         given = attention(q, cache.k, pos[:, N:], pos, rope.window)[0, ..., :N]     # (H, new, N)
-        best = torch.maximum(best, averaged(given, pool).amax(0))
+        best = torch.maximum(best, averaged(given, 13).amax(0))
     return best.mean(0, keepdim=True)
 
 

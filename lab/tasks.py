@@ -1,8 +1,8 @@
 """The data sets that lab/quality.py measures: rows of a JSONL file -> prompts with their answers.
 
 An Item is a prompt with an answer or several, all as token ids. The formats are those of Dolly, of
-lm-evaluation-harness for LAMBADA, of LongBench and QMSum for long prompts (Table 1), and plain
-text; needles are hidden in plain text. (Multiple choice, Table 3: lab/harness.py.)
+LongBench and QMSum for long prompts (Table 1), and plain text; needles are hidden in plain text.
+(Multiple choice and LAMBADA, Table 3: lab/harness.py.)
 
 As a command this file writes the protocol "passages": a question, and k passages of which one,
 anywhere, answers it. No rule about places helps there.
@@ -57,22 +57,7 @@ def as_item(tokens, prompt_len, row={}, texts=(), start=0):
     return Item(ids[:prompt_len], [Answer(ids[prompt_len:], start)], tuple(texts), row)
 
 
-# --------------------------------------------------------------------------- LAMBADA and plain text
-
-
-def lambada_items(tokenizer, path, limit):
-    """Rows {text} -> at most `limit` Items: the last word is to be said, white space before it too.
-
-    It is encoded with its context: words are cut as in the whole text.
-    """
-    items = []
-    for number, row in enumerate(read_rows(path, fields=("text",))[:limit], start=1):
-        parts = row["text"].rsplit(maxsplit=1)
-        need(len(parts) == 2, f"{path}, row {number}: not two words")
-        whole = tokenizer.encode(row["text"])
-        prompt = commonprefix([tokenizer.encode(parts[0]), whole])      # of any lists
-        items.append(as_item(whole, len(prompt)))
-    return items
+# --------------------------------------------------------------------------------------- plain text
 
 
 def text_items(tokenizer, path, prompt_len, response_len, limit):

@@ -110,8 +110,6 @@ arms="full predictor predictor@cut random earliest recent norm attention
 make smollm2_rules $quality --ckpt smollm2 $dolly --limit 60 --scorers $arms oracle:norm_gx
 make smollm2_text_rules $quality --ckpt smollm2 --task text --data $data/wikitext2_valid.jsonl \
     --max-prompt 256 --max-response 64 --limit 40 --scorers $arms oracle:norm_gx
-make smollm2_lambada_rules $quality --ckpt smollm2 --task lambada --data $data/lambada.jsonl \
-    --limit 80 --scorers $arms
 make smollm2_tradeoff $ablations --dtype bfloat16 --table tradeoff --limit 120
 
 # Passages

@@ -274,6 +274,17 @@ def figure2(found, name, png):
     return {"rows": rows, "sparsity": values}
 
 
+def points(path, found, **axis):
+    """A picture: a line for each label of `found`, (label, x, y, error of y) each."""
+    figure, ax = pyplot().subplots()
+    for marker, label in zip("osx^v<>D", dict.fromkeys(point[0] for point in found)):
+        _, x, y, error = zip(*(point for point in found if point[0] == label))
+        ax.errorbar(x, y, error, marker=marker, capsize=2, label=label)
+    ax.set(**axis)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
 def pyplot():
     """matplotlib, an optional extra, without a display."""
     try:

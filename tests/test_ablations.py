@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import SCHEDULE, command, needs, predictors_for, random_rows, tiny_model
+from conftest import SCHEDULE, close, command, needs, predictors_for, random_rows, tiny_model
 from lab import ablations
 from lab.ablations import BEST, TABLES, Study, compare
-from lab.scorers import SCORERS, make_scorer
+from lab.scorers import SCORERS, lookahead, make_scorer
 from prune import Schedule, nll
 from support.rows import digest
 
@@ -46,7 +46,7 @@ def nll_sum(schedule, name, predictors=None):
 def test_every_variant_trains_other_predictors(study):
     recipes = {recipe for table in TABLES.values() for recipe in table.values()}
     trained = [study.train(random_rows(8), SCHEDULE, recipe) for recipe in recipes]
-    assert len({digest(predictors) for predictors in trained}) == len(recipes) == 12
+    assert len({digest(predictors) for predictors in trained}) == len(recipes) == 18
 
 
 def test_variants_share_their_marking_and_are_trained_once(tmp_path, monkeypatch):
@@ -61,6 +61,16 @@ def test_variants_share_their_marking_and_are_trained_once(tmp_path, monkeypatch
     assert train("alone", equal) == ([shared], 8)
     assert train("shared", equal) == ([shared], 8)
     assert train("shared", replace(equal, reduce="norm_g"))[1] == 12
+
+
+@pytest.mark.parametrize("teacher", ["attention", "product"])
+def test_another_teacher_is_the_attention_that_the_answer_gives(study, teacher):
+    row, gradient = ROWS[0], study.markers["gradient"](MODEL, ROWS[0], SCHEDULE, BEST)
+    given = lookahead(MODEL, row.tokens[None, :30], row.tokens[None, 30:])[0]
+    found = study.markers[teacher](MODEL, row, SCHEDULE, BEST)
+    assert found.states is gradient.states and len(found.saliency) == 4
+    for one, s in zip(found.saliency, gradient.saliency):
+        assert close(one, given * (s if teacher == "product" else 1), 1e-6)
 
 
 def test_what_is_measured_is_kept_under_all_it_depends_on(study, tmp_path, monkeypatch):
@@ -125,9 +135,9 @@ def test_figures_place_one_stage_after_every_block(study, monkeypatch):
     drawn = {}
     monkeypatch.setattr(ablations.show, "save", lambda figure, path: drawn.update({path: [
         line.lines[0].get_ydata().tolist() for line in figure.axes[0].containers]}))
-    ablations.draw(found, "tiny", "some")
+    ablations.draw(found, "some")
     costs = [row["vs_full"] for row in found]
-    assert drawn == {"some_figure4.png": [costs[10:15], costs[5:10], costs[:5]],
+    assert drawn == {"some_figure4.png": [costs[:5], costs[5:10], costs[10:15]],
                      "some_figure5.png": [costs[15:]]}
 
 
@@ -151,8 +161,8 @@ def test_the_command_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--table", "figures", "--seeds", 1), "does nothing with --seeds: it is for losses, seeds, "),
-    (("--predictors", "x"), "does nothing with --predictors: it is for tradeoff"),
+    (("--table", "figures", "--seeds", 1), "--seeds does nothing with --table figures"),
+    (("--predictors", "x"), "--predictors does nothing with --table losses"),
     (("--table", "tradeoff", "--predictors", "none.safetensors"), "none.safetensors: no such file"),
     (("--ckpt", "random:llama-7b"), "random weights are for timings"),
 ])

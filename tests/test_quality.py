@@ -202,7 +202,7 @@ def test_table_of_likelihoods(capsys):
 
 def test_an_accuracy_has_a_difference_and_no_share():
     sums = {"full": 1, "random": 3}
-    table = quality.table([row_of(sums, ["full"]), row_of(sums, ["random"])], list(sums), "lambada")
+    table = quality.table([row_of(sums, ["full"]), row_of(sums, ["random"])], list(sums), "needle")
     assert [row["metric"] for row in table] == ["nll", "nll", "acc", "acc"]
     assert [row["value"] for row in table[2:]] == [0.5, 0.5]
     assert (table[3]["vs_full"], table[3]["vs_full_stderr"]) == (0.0, 1.0)
@@ -296,8 +296,8 @@ def test_each_checkpoint_has_its_own_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("task, metrics", [
-    ("long", ["nll", "f1", "prefill_speedup", "e2e_speedup"]), ("lambada", ["nll", "acc"]),
-    ("text", ["nll"]), ("needle", ["nll", "acc"])])
+    ("long", ["nll", "f1", "prefill_speedup", "e2e_speedup"]), ("text", ["nll"]),
+    ("needle", ["nll", "acc"])])
 def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     text, result = "The fog moved behind the green mirrors. " * 20, {}
     row = {"text": text, "context": text, "input": "What moved?", "answers": ["The fog"]}
@@ -306,7 +306,7 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     monkeypatch.setattr(options, "print_json", lambda args, model, told: result.update(told))
     arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot", "lookahead:32",
             "two-pass", "middle"]
-    shape = {"long": "--max-prompt 100 --max-response 9 --max-new-tokens 3", "lambada": "",
+    shape = {"long": "--max-prompt 100 --max-response 9 --max-new-tokens 3",
              "text": "--max-prompt 100 --max-response 9", "needle": "--depths 0 100 --lengths 150"}
     words = f"quality.py --task {task} --data {data} {shape[task]} --rows-file {tmp_path / 'rows'}"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--scorers", *arms])

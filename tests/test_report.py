@@ -29,10 +29,6 @@ def test_every_file_in_results_is_shown():
 
 def test_sentences_say_what_was_measured():
     text = " ".join(TEXTS["docs/results.md"].split())
-    rows = {row["scorer"]: round(row["value"] * row["n"])
-            for row in report.result("smollm2_lambada_rules")["rows"] if row["metric"] == "acc"}
-    assert "{predictor} of 80 last words stay right (full model {full}, random {random})".format(
-        **rows) in text
     spreads = []
     for row in report.result("qwen05_speed_cpu")["bench"]:
         for arm in (row["full"], row["sdtp"]):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SCHEDULE, TOKENS, close, predictors_for, tiny_model
-from lab.scorers import (Fronted, attention_scorer, by_chunks, early_layer, enough,
+from lab.scorers import (AHEAD, Fronted, attention_scorer, by_chunks, early_layer, enough,
                          known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
                          with_neighbours)
 from predictor import score
@@ -98,10 +98,12 @@ def test_attention_that_a_token_receives(name, last, pool, window):
 
 
 def test_a_lookahead_is_what_the_next_tokens_look_at():
-    """By loops over a whole pass of prompt and greedy tokens: no cache, no batch of queries."""
+    """By loops over a whole pass of prompt and next tokens: no cache, no batch of queries."""
     row = TOKENS[:, :40]
-    for _ in range(3):
+    for _ in range(AHEAD):
         row = torch.cat((row, MODEL(row)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert close(lookahead(MODEL, row[:, :40]), lookahead(MODEL, row[:, :40], row[:, 40:]), 1e-6)
+    row = TOKENS[:, :43]
     x, rope = MODEL.embed(row), MODEL.rope(torch.arange(43)[None], 43)
     slow = [[0.0] * 40 for _ in range(3)]
     for block in MODEL.blocks:
@@ -112,7 +114,7 @@ def test_a_lookahead_is_what_the_next_tokens_look_at():
                 each = pooled(given(q[0, h], k[0, h // 2], list(range(end)))[:40], 13)
                 slow[i] = [max(pair) for pair in zip(best, each)]
         x = block(x, rope)
-    found = lookahead(MODEL, TOKENS[:, :40], new=3)[0]
+    found = lookahead(MODEL, row[:, :40], row[:, 40:])[0]
     assert found.tolist() == pytest.approx([sum(each) / 3 for each in zip(*slow)], rel=1e-4)
     chunks = by_chunks(found[None], 16)[0]
     for start in (0, 16, 32):

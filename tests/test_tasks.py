@@ -19,26 +19,7 @@ def text_of(item):
     return TOKENIZER.decode(item.prompt)
 
 
-# --------------------------------------------------------------------------- LAMBADA and plain text
-
-
-@pytest.mark.parametrize("text, context, word", [
-    (FOG, "The fog moved behind the green", "mirrors."), (" the  fog ", "the", "fog")])
-def test_lambada_asks_for_the_last_word_as_it_is_cut_in_the_whole(tmp_path, text, context, word):
-    path = jsonl(tmp_path / "l.jsonl", [{"text": text}] * 3)
-    item, other = tasks.lambada_items(TOKENIZER, path, 2)
-    (tokens, start), = item.answers
-    assert item == other and start == 0
-    assert item.prompt + tokens == TOKENIZER.encode(text)
-    assert text_of(item).strip() == context and TOKENIZER.decode(tokens).strip() == word
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"text": " word "}, "row 1: not two words"), ({"text": ""}, "row 1: not two words"),
-    ({"texts": "a b"}, "line 1: 'text' is missing")])
-def test_rows_that_do_not_fit_are_named(tmp_path, row, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.lambada_items(TOKENIZER, jsonl(tmp_path / "x.jsonl", [row]), 5)
+# --------------------------------------------------------------------------------------- plain text
 
 
 def test_windows_of_plain_text(tmp_path):
