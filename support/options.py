@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -545,14 +546,18 @@ def command_line():
     return shlex.join(words)
 
 
+def processor():
+    """What Linux says of the processor, a text; "" elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def hardware(device):
     """What numbers were measured on."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    told = re.search("model name.*: (.*)", processor())
+    name = told[1] if told else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

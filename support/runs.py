@@ -44,6 +44,8 @@ class Progress:
         spent = time.monotonic() - self.begin
         left = spent / (self.count - self.first) * (self.total - self.count)
         self.note(f"{self.count}/{self.total} {self.what}, {left:.0f} s left  {text}")
+        if spent < 0.01:            # known from an earlier run: it says nothing of the others
+            self.first, self.begin = self.count, time.monotonic()
 
     def note(self, text):
         """Show a text; nothing is counted."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from support.options import beside, hardware
+from support.options import beside, hardware, processor
 
 
 # ------------------------------------------------------------------------------- both arms' answers
@@ -76,9 +76,8 @@ def arms(prompt, read, trace, row, fixed, html=None):
 
 def hint(model, slow):
     """Say that a slow run in fp32 is on a processor that multiplies bfloat16."""
-    flags = Path("/proc/cpuinfo")
     fp32 = model.device.type == "cpu" and model.dtype == torch.float32
-    if slow and fp32 and flags.exists() and re.search("avx512_bf16|amx_bf16", flags.read_text()):
+    if slow and fp32 and re.search("avx512_bf16|amx_bf16", processor()):
         print("\nthis processor has bfloat16: --dtype bfloat16 reads a prompt faster, in half the "
               "memory")
 
@@ -87,8 +86,8 @@ def noise(row):
     """What is to be said of times that other work on this machine has changed."""
     spread = max(row[name]["prefill_spread_s"][1] / row[name]["prefill_spread_s"][0]
                  for name in ("full", "sdtp"))
-    noisy = spread > 1.2 or row["share_of_ideal"] > 1
-    return "\n(this machine was busy: times differ by more than the method does)" * noisy
+    return "\n(this machine was busy: times differ by more than the method does)" * (
+        spread > 1.2 or row["share_of_ideal"] > 1.1)
 
 
 def in_words(name, told):

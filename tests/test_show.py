@@ -103,7 +103,8 @@ def row_of(full, sdtp, share):
 
 @pytest.mark.parametrize("row, said", [
     (row_of((1, 1.1), (1, 1.1), 0.9), False), (row_of((1, 1.3), (1, 1.1), 0.9), True),
-    (row_of((1, 1.1), (1, 1.3), 0.9), True), (row_of((1, 1.1), (1, 1.1), 1.2), True)])
+    (row_of((1, 1.1), (1, 1.1), 1.05), False), (row_of((1, 1.1), (1, 1.3), 0.9), True),
+    (row_of((1, 1.1), (1, 1.1), 1.2), True)])
 def test_a_busy_machine_is_told(row, said):
     assert ("was busy" in show.noise(row)) == said
 
