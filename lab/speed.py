@@ -9,10 +9,8 @@ transformers our own tensors, llama.cpp a GGUF file of the same model, written a
     python -m lab.speed --ckpt smollm2 --lengths 512 1024 --vs transformers
     python -m lab.speed --ckpt smollm2 --lengths 512 1024 --vs llama.cpp SmolLM2.gguf
 
-It does not know how much memory a CPU's process takes: peaks are those of a GPU's allocator.
-Shapes: N prompt tokens, n of them at a stage, D hidden.
+Shapes: N prompt tokens, n of a pass, V vocabulary.
 """
-import statistics
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from infer import generate
-from prune import UNPRUNED, flops_row, load_pruning, predictor_scorer, prefill, select
+from prune import UNPRUNED, flops_row, load_pruning, predictor_scorer, prefill
 from support import options, runs
 from support.config import hf_config
 from support.files import need
@@ -48,16 +46,6 @@ def ceilings(device, dtype):
     matmul_s = min(timed(device, lambda: linear(rows, rows), 10))
     read_s = min(timed(device, lambda: linear(rows[:1], matrix), 20))
     return 2 * len(rows)**2 * 8192 / matmul_s, matrix.nbytes / read_s
-
-
-@torch.no_grad()
-def stages(model, tokens, schedule, scorer):
-    """All stages of prune.prefill without the blocks between them, on a prompt (1, N)."""
-    N = tokens.shape[1]
-    x, pos = model.embed(tokens), torch.arange(N, device=tokens.device)[None]
-    for s in range(1, len(schedule.after(len(model.blocks))) + 1):
-        index = select(scorer(s, x, pos), pos, schedule.kept(N, s), N, schedule)
-        x, pos = x[:, index], pos[:, index]                         # (1, k, D), (1, k)
 
 
 class Engine:
@@ -181,7 +169,7 @@ def measure(tokens, arms, new, repeats, best, progress):
     the embedding, and the prompt's caches: floors_s are those of prefill, token and the whole.
     "vs" says for each further arm how many times as fast the full one is.
     """
-    N, (peak, pace), (model, schedule, scorer) = tokens.shape[1], best, arms["sdtp"]
+    N, (peak, pace), (model, schedule, _) = tokens.shape[1], best, arms["sdtp"]
     calls = {name: partial(generate, net, tokens, new, *how, eos=())
              for name, (net, *how) in arms.items()}
     times = runs.take_turns(calls, repeats, progress)
@@ -190,17 +178,11 @@ def measure(tokens, arms, new, repeats, best, progress):
                   for flops, size in zip(costs["exact"], costs["kv_bytes"]))
     row = runs.table_row(N, new, times, {name: sdtp if name == "sdtp" else full for name in arms})
     weights = sum(p.nbytes for p in [model.embed.weight, *model.blocks.parameters()])
-    for name, call in calls.items():
+    for name in arms:
         arm = row[name]
         prefill_s, decode_s = arm["flops"] / peak, (weights + arm["kv_bytes"]) / pace
         arm["floors_s"] = [prefill_s, decode_s, prefill_s + (new - 1) * decode_s]
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            arm["peak_bytes"] = torch.cuda.max_memory_allocated()
     row["speedup"]["e2e_by_floors"] = row["full"]["floors_s"][2] / row["sdtp"]["floors_s"][2]
-    spent = timed(model.device, partial(stages, model, tokens, schedule, scorer), repeats)
-    row["pruning_share"] = statistics.median(spent) / row["sdtp"]["prefill_s"]
     ours, full, row["vs"] = prefill(model, tokens)[0], row["full"], {}
     for name in arms.keys() - {"full", "sdtp"}:
         theirs = arms[name][0](tokens, None, {})[0]
@@ -215,8 +197,7 @@ def measure(tokens, arms, new, repeats, best, progress):
 ARM = ("{n:7d}  {name:14} {prefill_s:10.3f} ({prefill_spread_s[0]:.3f} to "
        "{prefill_spread_s[1]:.3f}) {floors_s[0]:9.3f} {decode_s:10.4f} {floors_s[1]:8.4f}")
 GAIN = ("         sdtp: prefill {speedup[prefill]:.2f}x of {ideal:.2f}x = {share_of_ideal:.0%}; "
-        "end to end {speedup[e2e]:.2f}x, by the floors {speedup[e2e_by_floors]:.2f}x; stages "
-        "{pruning_share:.1%} of prefill")
+        "end to end {speedup[e2e]:.2f}x, by the floors {speedup[e2e_by_floors]:.2f}x")
 VS = ("         full beside {name}: prefill {prefill:.2f}x as fast, decode {decode:.2f}x; "
       "logits differ by {logits_differ_by:.1g}")
 

@@ -23,7 +23,7 @@ from support.chat import chat_notes, choose_chat, render
 from support.config import SHAPES
 from support.files import blame, need, read_json, writable
 from support.processes import alone, rank
-from support.rows import encode_row, examples, prompt_text, read_rows, rows_at_hand
+from support.rows import encode_row, examples, read_rows, rows_at_hand
 from support.runs import find_predictors, weights_key
 from support.weights import DTYPES, ROOT, describe, find
 

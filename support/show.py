@@ -265,11 +265,9 @@ def figure2(found, name, png):
     for b, value in enumerate(values, start=1):
         print(f"block {b:3d}  sparsity {value:.3f}  " + "#" * round(50 * value))
     if png:
-        figure, ax = pyplot().subplots(figsize=(6, 3.5))
-        ax.plot(range(1, len(values) + 1), values, marker="o", ms=3)
-        ax.set(xlabel="block", ylabel="sparsity", ylim=(0, 1),
-               title=f"Sparsity of salient tokens, {name}, {rows} rows")
-        save(figure, png)
+        points(png, [(name, b, value, 0) for b, value in enumerate(values, start=1)],
+               xlabel="block", ylabel="sparsity", ylim=(0, 1),
+               title=f"Sparsity of salient tokens, {rows} rows")
     return {"rows": rows, "sparsity": values}
 
 

@@ -71,19 +71,16 @@ def tokens():
     return TOKENS.clone()
 
 
-def fresh_predictors(seed=0, near=False):
+def fresh_predictors(seed=0, near=False, dim=48):
     """Predictors of the tiny model to train, one for each stage of SCHEDULE."""
     torch.manual_seed(seed)
     kind = NearPredictor if near else Predictor
-    return nn.ModuleList(kind(48) for _ in range(SCHEDULE.stages))
+    return nn.ModuleList(kind(dim) for _ in range(SCHEDULE.stages))
 
 
-def predictors_for(model, seed=3, near=False):
-    """Frozen predictors of a model, one for each stage of SCHEDULE."""
-    torch.manual_seed(seed)
-    kind = NearPredictor if near else Predictor
-    modules = [kind(model.config.dim) for _ in range(SCHEDULE.stages)]
-    return nn.ModuleList(modules).requires_grad_(False)
+def frozen_predictors(seed=3, **given):
+    """The same to prune by."""
+    return fresh_predictors(seed, **given).requires_grad_(False)
 
 
 def random_rows(n, length=40, prompt_len=30):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import SCHEDULE, close, command, needs, predictors_for, random_rows, tiny_model
+from conftest import SCHEDULE, close, command, frozen_predictors, needs, random_rows, tiny_model
 from lab import ablations
 from lab.ablations import BEST, TABLES, Study, compare
 from lab.scorers import SCORERS, lookahead, make_scorer
@@ -45,7 +45,7 @@ def nll_sum(schedule, name, predictors=None):
 
 def test_every_variant_trains_other_predictors(study):
     recipes = {recipe for table in TABLES.values() for recipe in table.values()}
-    trained = [study.train(random_rows(8), SCHEDULE, recipe) for recipe in recipes]
+    trained = [study.train(random_rows(4), SCHEDULE, recipe) for recipe in recipes]
     assert len({digest(predictors) for predictors in trained}) == len(recipes) == 18
 
 
@@ -75,11 +75,11 @@ def test_another_teacher_is_the_attention_that_the_answer_gives(study, teacher):
 
 def test_what_is_measured_is_kept_under_all_it_depends_on(study, tmp_path, monkeypatch):
     made = watch(monkeypatch, "measure_arm")
-    usual = 0, ROWS[0], SCHEDULE, "predictor", predictors_for(MODEL)
+    usual = 0, ROWS[0], SCHEDULE, "predictor", frozen_predictors()
     assert study.measure(*usual) == study.measure(*usual)
     assert len(made) == 1
     for place, value in enumerate((1, ROWS[1], Schedule(1, 1, 4, 0.7), "neighbours",
-                                   predictors_for(MODEL, seed=4))):
+                                   frozen_predictors(seed=4))):
         study.measure(*usual[:place], value, *usual[place + 1:])
         assert len(made) == place + 2
     other = tiny_model()
@@ -112,7 +112,7 @@ def test_rows_of_a_table_are_paired(study, capsys):
 
 
 def test_every_scorer_is_read_at_every_keep_ratio(study):
-    predictors = predictors_for(MODEL)
+    predictors = frozen_predictors()
     found = ablations.tradeoff(study, ROWS, SCHEDULE, predictors)
     assert [row["keep"] for row in found[::len(SCORERS) + 1]] == [0.95, 0.92, 0.85, 0.8]
     assert {row["scorer"] for row in found} == {"full", *SCORERS}
@@ -144,6 +144,7 @@ def test_figures_place_one_stage_after_every_block(study, monkeypatch):
 # ------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.beside
 def test_the_command_goes_on_where_it_was(tmp_path):
     words = ("-m", "lab.ablations", "--table", "seeds", "--seeds", 0, 1, "--rows", 4, "--limit", 2,
              "--epochs", 1, "--stages", 2, "--work", tmp_path, "--json", "--quiet")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (SCHEDULE, SMOLLM2, jsonl, needs, predictors_for, random_rows, real_weights,
+from conftest import (SCHEDULE, SMOLLM2, frozen_predictors, jsonl, needs, random_rows, real_weights,
                       tiny_model)
 
 from infer import generate
@@ -41,7 +41,7 @@ def make(tmp_path):
     """
     def model(name="full", front=(), setup=None):
         tiny = tiny_model()
-        setup = setup or Setup(tiny, SCHEDULE, predictors_for(tiny), tokenizer=Numbers([*front]))
+        setup = setup or Setup(tiny, SCHEDULE, frozen_predictors(), tokenizer=Numbers([*front]))
         return harness.harness_model(setup, name, Measured(tmp_path / "rows", "run"))
     return model
 

@@ -1,9 +1,7 @@
 """infer.py: generation, the times of both arms, the command lines, the committed toy's answers."""
-import argparse
 import json
 import math
 import sys
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -14,18 +12,17 @@ import torch
 import infer
 from conftest import SCHEDULE, TOY, command, tiny_model
 from infer import ask, bench, compare, decode, generate, greedy, sampler
-from lab.scorers import make_scorer, norm, random_scorer
+from lab.scorers import norm, random_scorer
 from model import Tokenizer
-from prune import UNPRUNED, Schedule, extend, load_pruning, prefill
-from support.chat import choose_chat
+from prune import UNPRUNED, Schedule, extend, prefill
 from support.config import SHAPES
-from support.options import add_pruning_options, infer_options, read_prompt
-from support.rows import examples
+from support.options import infer_options, read_prompt
 from support.runs import Progress
 from support.weights import compile_blocks
 
 # whatever was trained in this clone
 COMMITTED = "--predictors", str(TOY)
+SHORT = *COMMITTED, "--prompt", "The fog moved. " * 40
 QUIET = Progress(quiet=True)
 
 # -------------------------------------------------------------------------------------- generation
@@ -168,30 +165,6 @@ def test_compiled_blocks_say_the_same(tiny, tokens, said, monkeypatch):
     assert generate(tiny, tokens, 8).tokens == said
 
 
-# ----------------------------------------------------------------------------------------- the toy
-
-
-def test_toy_answers_with_a_third_of_the_tokens():
-    """A dozen held-out prompts: right in full and as the committed predictors prune them.
-
-    Pruned at random the toy is mostly wrong.
-    """
-    parser = argparse.ArgumentParser()
-    add_pruning_options(parser)
-    model, schedule, predictors = load_pruning(parser.parse_args(["--device", "cpu", *COMMITTED]))
-    assert 0.34 < schedule.share(len(schedule.after(12))) < 0.36
-    arms, right = {"full": ()}, Counter()
-    for name in ("predictor", "random"):
-        arms[name] = schedule, make_scorer(name, model, schedule, predictors)
-    for example in examples(Tokenizer("toy"), TOY / "train.jsonl", "heldout", choose_chat(TOY),
-                            min_prompt=300, limit=12):
-        tokens, n = example.tokens[None], example.prompt_len
-        for name, arm in arms.items():
-            made = generate(model, tokens[:, :n], tokens.shape[1] - n, *arm).tokens
-            right[name] += made == tokens[0, n:].tolist()
-    assert right["full"] >= 11 and right["predictor"] >= 10 and right["random"] <= 8, right
-
-
 # ------------------------------------------------------------------------------------ command lines
 
 
@@ -241,8 +214,8 @@ def test_where_a_question_stands(words, behind, text, monkeypatch):
 
 
 def test_both_arms_draw_the_same_numbers(run):
-    told = run(*COMMITTED, "--keep", 1, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9)
-    other = run(*COMMITTED, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9, "--seed", 1)
+    words = *SHORT, "--temperature", 4, "--repeats", 1, "--max-new-tokens", 9
+    told, other = run(*words, "--keep", 1), run(*words, "--seed", 1)
     said, pruned, others = ([answer["text"] for answer in each["answers"]] for each in (
         told["full"], told["sdtp"], other["full"]))
     assert said == pruned != others
@@ -258,17 +231,16 @@ def test_how_much_is_left_in_the_users_terms(left, kept, run):
 
 def test_a_question_that_is_kept_whole(run):
     """The toy's is dropped otherwise: it stands far from the end."""
-    words = "--ask", "Anna sells maps.", "--prompt", "The fog moved. " * 40, "--max-new-tokens", 1
-    words += "--repeats", 1, "--left", 30, "--question", "first"
-    plain, kept = (run(*COMMITTED, *words, *more)
-                   for more in ((), ("--sink", "question")))
+    words = *SHORT, "--ask", "Anna sells maps.", "--max-new-tokens", 1, "--repeats", 1
+    words += "--left", 30, "--question", "first"
+    plain, kept = run(*words), run(*words, "--sink", "question")
     assert any(plain["stage_of"][4:6]) and not any(kept["stage_of"][:6])
     assert kept["schedule"]["sink"] == 6
     assert plain["sdtp"]["counts"] == kept["sdtp"]["counts"]
 
 
 def test_fewer_stages_prune_as_the_first_of_all_do(run):
-    words = *COMMITTED, "--repeats", 1, "--max-new-tokens", 2
+    words = *SHORT, "--repeats", 1, "--max-new-tokens", 2
     plain, fewer = run(*words), run(*words, "--stages", 5)
     assert fewer["schedule"]["stages"] == max(fewer["stage_of"]) == 5
     assert fewer["stage_of"] == [s if s < 6 else 0 for s in plain["stage_of"]]

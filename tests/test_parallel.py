@@ -3,10 +3,12 @@
 Run by pytest it starts the real commands, some under torchrun, more with what torchrun would tell
 them; started so itself it is one of two processes (`worker`).
 """
+import functools
 import json
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,34 +56,34 @@ def both(*words):
 # -------------------------------------------------------------------------------------- training
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """{mask: (log, predictors)} of one process, for a mask without and with noise."""
-    folder, found = tmp_path_factory.mktemp("single"), {}
-    for mask in ("topk", "gumbel"):
-        log = alone(*TRAIN, "--mask", mask, "--out", folder / mask)["log"]
-        found[mask] = log, load_tensors(folder / mask / "predictors.safetensors")[0]
-    return found
+@functools.cache
+def single(mask):
+    """The log and the predictors of one process, for a mask without or with noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = alone(*TRAIN, "--mask", mask, "--out", folder)["log"]
+        return log, load_tensors(Path(folder, "predictors.safetensors"))[0]
 
 
-@pytest.mark.parametrize("mask, more", [("gumbel", []), ("topk", []), ("topk", ["--shard"])])
-def test_two_processes_train_as_one(single, mask, more, tmp_path):
-    words = [*TRAIN, "--mask", mask, *more, "--out", tmp_path]
-    log = (alone(*TORCHRUN, *words) if more else both(*words))["log"]
-    want_log, want = single[mask]
-    for ours, whole in zip(log, want_log, strict=True):
-        heldout = whole.get("heldout", {})
-        assert ours.get("heldout", {}) == pytest.approx(heldout, rel=1e-5, abs=1e-5)
-        for name in whole.keys() - {"heldout"}:
-            assert ours[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-5), name
-    assert "heldout" in log[-1]
-    tensors = load_tensors(tmp_path / "predictors.safetensors")[0]
-    for name, tensor in want.items():
-        # a tenth of one step: Adam divides by the size of gradients near 0
-        assert (tensors[name] - tensor).abs().max() < 1e-4, name
+@pytest.mark.beside
+def test_two_processes_train_as_one(tmp_path):
+    for mask, more in (("gumbel", []), ("topk", ["--shard"])):
+        words = [*TRAIN, "--mask", mask, *more, "--out", tmp_path / mask]
+        log = (alone(*TORCHRUN, *words) if more else both(*words))["log"]
+        want_log, want = single(mask)
+        for ours, whole in zip(log, want_log, strict=True):
+            heldout = whole.get("heldout", {})
+            assert ours.get("heldout", {}) == pytest.approx(heldout, rel=1e-5, abs=1e-5)
+            for name in whole.keys() - {"heldout"}:
+                assert ours[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-5), name
+        assert "heldout" in log[-1]
+        tensors = load_tensors(tmp_path / mask / "predictors.safetensors")[0]
+        for name, tensor in want.items():
+            # a tenth of one step: Adam divides by the size of gradients near 0
+            assert (tensors[name] - tensor).abs().max() < 1e-4, name
 
 
-def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
+@pytest.mark.beside
+def test_a_stopped_run_of_two_processes_is_finished_by_one(tmp_path):
     words = [*map(str, TRAIN), "--mask", "topk", "--out", str(tmp_path)]
     said = [tmp_path / f"err{i}" for i in range(2)]
     running = [forked.start(words, ROOT, os.devnull, err, os.environ | more)
@@ -96,7 +98,7 @@ def test_a_stopped_run_of_two_processes_is_finished_by_one(single, tmp_path):
     assert err.count("stopping after this step") == 1, "the first process alone speaks"
     assert err.count("stopped and saved after step") == 1
     log = alone(*words, "--resume")["log"]
-    want = [entry["loss"] for entry in single["topk"][0]]
+    want = [entry["loss"] for entry in single("topk")[0]]
     assert [entry["loss"] for entry in log] == pytest.approx(want, abs=1e-5)
 
 
@@ -134,6 +136,7 @@ def test_tensor_parallel_writes_the_same_text():
 # ---------------------------------------------------------------------- inside of two processes
 
 
+@pytest.mark.beside
 def test_slices_logits_saliency_and_survivors_on_two_processes(tmp_path):
     code, out, err = command(__file__, tmp_path, copies=as_torchrun())
     assert code == 0, err[-3000:]

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import (ROOT, SCHEDULE, close, command, fresh_predictors, predictors_for, tiny_model)
+from conftest import (ROOT, SCHEDULE, close, command, fresh_predictors, frozen_predictors,
+                      tiny_model)
 from model import Config
 from predictor import NearPredictor, score
 from prune import (UNPRUNED, Schedule, extend, flops, kv_bytes, load_predictors, nll,
@@ -74,7 +75,7 @@ def held(caches):
 def test_keep_everything_is_the_unpruned_model_bit_for_bit(tokens, schedule, asked, window):
     """Prefill, caches, decode and likelihood; UNPRUNED asks no scorer."""
     model = tiny_model(window=window)
-    arm = (schedule, predictor_scorer(predictors_for(model)) if asked else pytest.fail)
+    arm = (schedule, predictor_scorer(frozen_predictors()) if asked else pytest.fail)
     logits, caches, trace = prefill(model, tokens[:, :48], *arm, room=12)
     full, full_caches, _ = prefill(model, tokens[:, :48], room=12)
     assert len(trace) == schedule.stages
@@ -122,7 +123,7 @@ def test_mask_equals_drop_at_every_survivor(tokens, changes):
     """The same survivors, scores, last states, and in training the likelihood of the response."""
     model, states = tiny_model(**changes), []
     model.blocks[-1].register_forward_hook(lambda block, given, x: states.append(x))
-    predictors = predictors_for(model)
+    predictors = frozen_predictors()
     x, pis, masks = masked_pass(model, predictors, Example(tokens[0], 48), SCHEDULE)
     arm = SCHEDULE, predictor_scorer(predictors)
     _, caches, trace = prefill(model, tokens[:, :48], *arm, room=12)
@@ -195,8 +196,8 @@ def test_ten_stages_save_a_third_to_a_half_and_cost_under_a_percent(shape):
 
 def test_the_command_tells_table_2():
     code, out, err = command("prune.py", "--shape", "mistral-7b", "--lengths", 4096, "--json")
-    assert code == 0, err
-    told = json.loads(out)
+    told = json.loads(out)          # alone on stdout, and the text is not lost
+    assert code == 0 and err and "prune.py --shape mistral-7b" in told["command"]
     assert told["pruned"] == 1 - 0.9 ** 10
     assert told["rows"][0]["counts"] == Schedule().counts(4096, 32)
     assert abs(told["rows"][0]["paper"][0] / 72.51e12 - 1) < 1e-3

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT, SCHEDULE, TOKENS, TOY, command, predictors_for, tiny_model
+from conftest import ROOT, SCHEDULE, TOKENS, TOY, command, frozen_predictors, tiny_model
 from infer import generate
 from lab import quality
 from lab.caches import H2OCache, h2o
@@ -26,7 +26,7 @@ from support.files import load_tensors, save_tensors
 from support.runs import Measured
 
 MODEL = tiny_model()
-SETUP = Setup(MODEL, SCHEDULE, predictors_for(MODEL))
+SETUP = Setup(MODEL, SCHEDULE, frozen_predictors())
 PROMPT = TOKENS[:, :48]
 ITEM = Item(PROMPT[0].tolist(), [Answer([3, 4, 5], 0)])
 

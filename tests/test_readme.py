@@ -1,6 +1,8 @@
 """README.md and docs/: true to the tree, and their Python runs."""
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -59,9 +61,27 @@ def test_names_beside_a_file_are_defined_in_it():
         assert re.search(rf"(def|class) {name}\b", code), (file, name)
 
 
+@pytest.mark.beside
 def test_the_lines_of_python_answer_from_anywhere(tmp_path):
     """A prompt that is read once, pruned, and asked twice, as it is printed."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len(code.splitlines()) <= 16
     done = command("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done == (0, "Anna sells old maps.\nBoris sells wooden keys.\n", "")
+
+
+@pytest.mark.beside
+def test_every_file_of_answers_gets_its_score(tmp_path):
+    """The grading loop of TEACHING.md itself, in a folder with two answers."""
+    (tmp_path / "mine.py").write_text("from test_exercises import spec_flops as flops\n\n"
+                                      "def select(*args):\n    raise SystemExit\n")
+    (tmp_path / "worse.py").write_text("import os\nos._exit(0)\n")
+    page = (ROOT / "tests" / "TEACHING.md").read_text(encoding="utf-8")
+    loop = page.split("requirements.txt\n")[1].split("```")[0]
+    loop = loop.replace("answers/", f"{tmp_path}/").replace("python", sys.executable)
+    done = subprocess.run(["bash", "-c", loop], cwd=ROOT, capture_output=True, text=True)
+    mine, worse = done.stdout.split("worse.py\n")
+    for line in ("1/9\n", "7 flops: ok\n", "4 select: case 'the protected have the lowest ",
+                 "8 decode: this function is missing"):
+        assert line in mine, done.stdout
+    assert worse == "0/9: it ended Python, or took over two minutes\n"

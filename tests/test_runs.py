@@ -309,15 +309,6 @@ def test_no_memory_is_one_line_and_another_fault_stays_a_traceback():
         cli(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("words", [
-    ("prune.py", "--lengths", 512), ("saliency.py", "--prompt", "Anna sells maps.", "--response",
-                                     "maps"), ("infer.py", "--repeats", 1)], ids=str)
-def test_json_stands_alone_on_stdout(words):
-    code, out, err = command(*words, "--json")
-    assert code == 0 and out.count("\n") == 1 and json.loads(out)["command"], err
-    assert err, "the text is not lost"
-
-
 def test_fresh_predictors_are_those_of_the_seed(tiny, tmp_path):
     run = fit(tiny, random_rows(1), SCHEDULE, Recipe(steps=1, accum=1, lr=1e-12, seed=5),
               tmp_path / "p.safetensors", quiet=True)

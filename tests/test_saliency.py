@@ -71,10 +71,10 @@ def test_sparsity_counts_tokens_at_most_a_tenth_of_the_maximum():
     assert sparsity(s).tolist() == [0.5, 0.0]
 
 
-@pytest.mark.parametrize("figure", [1, 2])
-def test_the_command_tells_the_figure(figure):
-    limit = ("--limit", 2) if figure == 2 else ()
-    code, out, err = command("saliency.py", "--figure", figure, *limit, "--json")
+@pytest.mark.parametrize("figure, words", [
+    (1, ("--prompt", "Anna sells maps.", "--response", "maps")), (2, ("--limit", 1))])
+def test_the_command_tells_the_figure(figure, words):
+    code, out, err = command("saliency.py", "--figure", figure, *words, "--json")
     assert code == 0, err
     told = json.loads(out)
     if figure == 1:

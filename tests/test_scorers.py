@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import SCHEDULE, TOKENS, close, predictors_for, tiny_model
+from conftest import SCHEDULE, TOKENS, close, frozen_predictors, tiny_model
 from lab.scorers import (AHEAD, Fronted, attention_scorer, by_chunks, early_layer, enough,
                          known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
                          with_neighbours)
@@ -14,7 +14,7 @@ from predictor import score
 from prune import Schedule, extend, prefill
 
 MODEL = tiny_model()
-PREDICTORS = predictors_for(MODEL)
+PREDICTORS = frozen_predictors()
 N = 60
 
 

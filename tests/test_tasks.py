@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conftest import TOY, command, jsonl
+from conftest import TOY, jsonl
 from lab import tasks
 from model import Tokenizer
 from support.chat import choose_chat
@@ -160,15 +160,19 @@ def dolly(tmp_path_factory):
     return jsonl(tmp_path_factory.mktemp("dolly") / "dolly.jsonl", rows)
 
 
-def written(dolly, tmp_path, *words):
-    out = tmp_path / "rows.jsonl"
-    code, _, err = command("-m", "lab.tasks", "--data", dolly, "--out", out, *words)
-    assert code == 0, err
-    return out
+@pytest.fixture
+def written(dolly, tmp_path, monkeypatch):
+    def run(*words, data=dolly):
+        out = tmp_path / "rows.jsonl"
+        words = "tasks.py", "--data", data, "--out", out, *words
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        tasks.main()
+        return out
+    return run
 
 
-def test_every_row_has_its_own_passage_and_no_passage_stands_in_two_splits(dolly, tmp_path):
-    path, seen = written(dolly, tmp_path), []
+def test_every_row_has_its_own_passage_and_no_passage_stands_in_two_splits(written):
+    path, seen = written(), []
     sizes = [len(read_rows(path, split)) for split in ("train", "heldout", "validation")]
     assert sizes == [18 * sizes[1], sizes[1], sizes[1]] and sizes[1] > 5
     for split in ("train", "heldout", "validation"):
@@ -184,9 +188,9 @@ def test_every_row_has_its_own_passage_and_no_passage_stands_in_two_splits(dolly
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 
-def test_the_same_rows_some_of_them_plain(dolly, tmp_path):
-    whole = read_rows(written(dolly, tmp_path))
-    rows = read_rows(written(dolly, tmp_path, "--plain", 0.25))
+def test_the_same_rows_some_of_them_plain(written):
+    whole = read_rows(written())
+    rows = read_rows(written("--plain", 0.25))
     m = len(whole) // 20
     for i, row in enumerate(rows):
         assert (row["context"] == row["passage"]) == (i < 18 * m and i % 4 == 3)
@@ -218,22 +222,22 @@ def test_another_passage_that_names_as_much_is_not_drawn():
     assert tasks.likest(row, pool, 9, random.Random(0)) is None         # too long together
 
 
-def test_rows_with_passages_alike_come_from_what_is_held_out(dolly, tmp_path):
+def test_rows_with_passages_alike_come_from_what_is_held_out(dolly, written, tmp_path):
     rows = read_rows(dolly)
     asked = [row | {"instruction": "Which number is this harbour known for?"} for row in rows]
-    found = read_rows(written(jsonl(tmp_path / "d.jsonl", asked), tmp_path, "--alike"))
+    found = read_rows(written("--alike", data=jsonl(tmp_path / "d.jsonl", asked)))
     texts = [text for row in found for text in row["context"].split("\n\n")]
     held_out = {row["context"].strip() for row in rows[270:]}
     assert len(found) == 30 and {text.partition(": ")[2] for text in texts} == held_out
-    code, _, err = command("-m", "lab.tasks", "--data", dolly, "--out", tmp_path / "o", "--alike")
-    assert code == 1 and "no rows with passages alike" in err       # each names its own town alone
+    with pytest.raises(ValueError, match="no rows with passages alike"):
+        written("--alike")                                          # each names its own town alone
 
 
-def test_too_few_rows_are_refused(dolly, tmp_path):
+def test_too_few_rows_are_refused(dolly, tmp_path, leaves):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(dolly.read_text().splitlines(True)[:60]))
-    code, _, err = command("-m", "lab.tasks", "--data", few, "--out", tmp_path / "o.jsonl")
-    assert code == 1 and "too few passages in its heldout rows" in err and "Traceback" not in err
+    ended = leaves("lab/tasks.py", "--data", few, "--out", tmp_path / "o.jsonl")
+    assert "too few passages in its heldout rows" in ended
 
 
 # ----------------------------------------------------------------------------------- filtered text
