@@ -78,6 +78,9 @@ four="--data out/passages.jsonl --context --max-prompt 2000"
 small="--ckpt smollm2 --predictors checkpoints/smollm2/passages.safetensors"
 large="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/passages.safetensors"
 
+make smollm2_teachers python -m lab.ablations --ckpt smollm2 --data out/passages-mixed.jsonl \
+    --context --max-prompt 2000 --table teachers --rows 80 --epochs 4 --limit 40
+
 # Section 4: long prompts (Table 1)
 arms="--scorers full predictor predictor@5 compress random recent"
 for task in multi_news qmsum; do
@@ -152,6 +155,11 @@ make smollm2_field_40 $quality $small $four --limit 40 --keep 0.745 --scorers fu
     neighbours adaptive:0.7 lookahead lookahead:32 bm25:passage truncate random
 make smollm2_field_40_cut $quality $small $four --limit 40 --keep 0.745 --scorers full predictor \
     predictor@cut neighbours@cut random
+arms="full predictor lookahead:32 middle adaptive:0.93 bm25:passage truncate random"
+make qwen05_field_first $quality $large $four --limit 40 --scorers $arms lookahead
+make qwen05_field_last $quality $large $four --question last --limit 40 --scorers $arms
+make qwen05_field_both $quality $large $four --question both --limit 40 \
+    --scorers full predictor lookahead:32 adaptive:0.93 truncate random
 make qwen15_field $quality --ckpt qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b \
     --data out/passages.jsonl --context --max-prompt 900 --limit 24 \
     --scorers full lookahead lookahead:32 bm25:passage truncate random
