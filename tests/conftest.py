@@ -162,13 +162,15 @@ def anew(words, cwd, **options):
 
 @pytest.fixture
 def leaves(monkeypatch):
-    """leaves(script, *words) -> what a command exits with, run in this process as its last line."""
+    """leaves(script, *words) -> the one line that a command ends with, run in this process."""
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         with pytest.raises(SystemExit) as ended:
             cli(module.main)
-        return ended.value.code
+        line = ended.value.code
+        assert line.startswith(f"{Path(script).name}: ") and "\n" not in line
+        return line
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run

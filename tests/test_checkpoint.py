@@ -109,6 +109,7 @@ BAD = [         # a file, what is changed in it or stands there, what the messag
     (CONFIG, "[7]", "expected a JSON object"),
     (CONFIG, {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     (CONFIG, {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+    (CONFIG, {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn' is not supported"),
     (CONFIG, {"rope_scaling": {"type": "linear"}}, f"factor is None, {NUMBER}"),
     (CONFIG, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, f"_factor is None, {NUMBER}"),
     (CONFIG, {"rope_scaling": {**golden.SCALING, "low_freq_factor": 4.0}}, "must be above"),

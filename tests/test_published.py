@@ -129,16 +129,6 @@ def test_a_published_config_is_read(name, tmp_path):
     assert config.rope_theta == told.get("rope_theta", 10000)
 
 
-@pytest.mark.parametrize("name, kind", [("Qwen2.5-7B-Instruct", "type"), ("Qwen3-8B", "rope_type")])
-def test_what_is_published_for_longer_texts_is_refused_by_name(name, kind, tmp_path):
-    """As their model cards tell one to write it for 131,072 tokens."""
-    yarn = {"factor": 4.0, "original_max_position_embeddings": 32768, kind: "yarn"}
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**config_of(name), "rope_scaling": yarn}))
-    with pytest.raises(ValueError, match="config.json: rope type 'yarn' is not supported"):
-        read_config(file)
-
-
 @needs("transformers")
 @every_model
 def test_a_shrunk_copy_equals_transformers(name, tmp_path):

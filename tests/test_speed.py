@@ -135,8 +135,8 @@ def test_llama_cpp_says_the_same(tmp_path):
 
 def test_an_engine_that_nobody_knows_is_refused(leaves):
     for words in (("vllm",), ("llama.cpp",), ("llama.cpp", "a", "b")):
-        ended = leaves("lab/speed.py", "--lengths", 32, "--vs", *words)
-        assert "--vs: expected transformers, or llama.cpp and a GGUF file" in ended
+        assert "--vs: expected transformers, or llama.cpp and a GGUF file" in leaves(
+            "lab/speed.py", "--lengths", 32, "--vs", *words)
 
 
 # ------------------------------------------------------------------------------------- the command
