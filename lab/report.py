@@ -94,8 +94,9 @@ def lines(columns, only=(), ordered=False, first="kept by"):
     """Head and lines of a table, lists of cells; the arguments are explained in tables.toml."""
     heads, found = [first], []      # found: for each column {name of a line: row}
     for file, head, _, *where in columns:
-        where, read = dict(*where), result(file)
-        rows = [row for row in read.get("rows") or read["bench"] if where.items() <= row.items()]
+        where, reads = dict(*where), map(result, file.split("+"))
+        rows = [row for read in reads for row in read.get("rows") or read["bench"]
+                if where.items() <= row.items()]
         heads.append(head.format(**rows[0]))
         found.append({row.get("scorer") or row["n"]: row for row in rows})
     names = dict.fromkeys(name for rows in found for name in rows)
@@ -170,7 +171,7 @@ def render(text, page):
         else:
             need("columns" in TABLES.get(name, ()), f"{page}: there is no table {name!r}")
             table = TABLES[name]
-            files = dict.fromkeys(column[0] for column in table["columns"])
+            files = dict.fromkeys("+".join(column[0] for column in table["columns"]).split("+"))
             made = markdown(lines(**table)) + ("" if "flops" in files else source(files, up))
         return f"<!-- table {name} -->\n{made}<!-- end -->"
 
