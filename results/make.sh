@@ -147,6 +147,8 @@ make smollm2_field_dolly $quality --ckpt smollm2 $dolly --question first --limit
 arms="full predictor neighbours middle adaptive:0.93 lookahead lookahead:32 bm25:passage truncate
     random"
 make smollm2_field_both $quality $small $four --question both --limit 65 --scorers $arms
+make smollm2_field_both_more $quality $small $four --question both --limit 65 \
+    --scorers full predictor progressive two-pass bm25 random
 for place in last both; do
     make smollm2_field_dolly_$place $quality --ckpt smollm2 $dolly --question $place --limit 60 \
         --scorers $arms
