@@ -155,6 +155,8 @@ for place in last both; do
 done
 make smollm2_field_40 $quality $small $four --limit 40 --keep 0.745 --scorers full predictor \
     neighbours adaptive:0.7 lookahead lookahead:32 bm25:passage truncate random
+make smollm2_field_40_more $quality $small $four --limit 40 --keep 0.745 \
+    --scorers full predictor progressive bm25 random
 make smollm2_field_40_cut $quality $small $four --limit 40 --keep 0.745 --scorers full predictor \
     predictor@cut neighbours@cut random
 arms="full predictor lookahead:32 middle adaptive:0.93 bm25:passage truncate random"
