@@ -10,21 +10,22 @@ read, and pruned, once; every continuation is then read on its caches.
         --scorers full predictor predictor@5 recent
     python -m lab.harness --ckpt smollm2 --tasks copa piqa lambada_openai --data DIR    # offline
 
---tasks names tasks, groups or tags of lm_eval, or of the yaml files under --tasks-dir. Their rows
-come from the Hugging Face Hub. With --data the tasks are the same in all else, but read JSONL
-files in that folder: a task's file is TASK.jsonl, or the longest name that is a part of it
-(lambada_openai: lambada.jsonl). Few-shot examples are then other rows of the same file.
+--tasks names tasks, groups or tags of lm_eval. Their rows come from the Hugging Face Hub. With
+--data the tasks are the same in all else, but read JSONL files in that folder: a task's file is
+TASK.jsonl, or the longest name that is a part of it (lambada_openai: lambada.jsonl). Few-shot
+examples are then other rows of the same file.
 
-The scorers are those of lab.quality, but for the oracles: what is right is not known here. Tables
-and warnings are lm_eval's own. Below the tables stands by how much a scorer's mean over rows
-differs from the full model's, paired by row, for the scorers that are named after full.
+The scorers are those of lab.quality, but for the oracles: what is right is not known here; +h2o
+and +local keep 40% of a cache. Tables and warnings are lm_eval's own. Below the tables stands by
+how much a scorer's mean over rows differs from the full model's, paired by row, for the scorers
+that are named after full.
 
 lm_eval itself cuts a text into context and continuation. Contexts that are too long lose their
 first tokens, as many as in lm_eval's own models. A context that is empty, or white space alone, is
-read as the begin-of-text token. A task that asks for the likelihood of a whole text has no prompt,
-so next to nothing is pruned, whatever the scorer: the share that is kept says so.
+read as the begin-of-text token. A task that asks for the likelihood of a whole text has no prompt
+to prune, and is refused.
 
-What was read is kept in --rows-file: the same command goes on where it was stopped.
+What was read is kept under out/harness/: the same command goes on where it was stopped.
 """
 from dataclasses import asdict
 from itertools import groupby
@@ -79,8 +80,7 @@ class Pruned:
         """
         def now():
             tokens = torch.tensor([context], device=self.setup.model.device)
-            seed = int(digest(context), 16)
-            reading = prepare(self.setup, self.arm, tokens, None, seed, {})
+            reading = prepare(self.setup, self.arm, tokens, None, int(digest(context), 16), {})
             return reading.keep, read(reading.model, reading.text, *asked, *reading.how)
 
         share, result = self.measured.get([self.name, context, *asked], now)
@@ -107,19 +107,8 @@ class Pruned:
         return found
 
     def loglikelihood_rolling(self, requests):
-        return [self.whole_text(*request.args) for request in requests]
-
-    def whole_text(self, text):
-        """log p(text given one begin-of-text token); a long text is read in windows.
-
-        Each window predicts as many tokens as there are positions, or what is left.
-        """
-        tokens = self.tok_encode(text)
-        if tokens[:1] != [self.prefix_token_id]:
-            tokens.insert(0, self.prefix_token_id)
-        windows = [(text, tokens[:i], tokens[i:i + self.limit])     # contexts are cut to what fits
-                   for i in range(1, len(tokens), self.limit)]
-        return sum(value for value, _ in self._loglikelihood_tokens(windows))
+        raise ValueError("a task that asks for the likelihood of a whole text has no prompt, so "
+                         "there is nothing to prune: leave it out")
 
     def generate_until(self, requests):
         return [self.write(*request.args) for request in requests]
@@ -231,12 +220,6 @@ def harness_options():
     parser.add_argument("--limit", type=options.at_least(1),
                         help="at most this many rows of each task")
     parser.add_argument("--data", help="a folder of JSONL files, see above")
-    parser.add_argument("--tasks-dir", help="a folder of yaml files, tasks of your own in "
-                        "lm_eval's format")
-    parser.add_argument("--h2o", type=float, default=0.4,
-                        help="the share that +h2o and +local keep of every KV cache")
-    parser.add_argument("--rows-file", help="JSONL of what was read so far (default: a file under "
-                        "out/harness/ named after model, predictors and schedule)")
     return parser.parse_args()
 
 
@@ -247,13 +230,13 @@ def main():
     except ImportError as e:
         raise ImportError("lab.harness needs the optional package lm_eval: pip install "
                           f"lm_eval==0.4.13 ({e})") from None
-    manager = lm_eval.tasks.TaskManager(include_path=args.tasks_dir)
+    manager = lm_eval.tasks.TaskManager()
     found = [find_tasks(manager, name, args.data) for name in args.tasks]
     model, schedule, predictors = load_pruning(args)
-    setup = Setup(model, schedule, predictors, args.h2o, tokenizer=Tokenizer(args.ckpt))
-    run = digest(model, asdict(model.config), predictors or "", schedule, args.h2o, model.dtype,
+    setup = Setup(model, schedule, predictors, tokenizer=Tokenizer(args.ckpt))
+    run = digest(model, asdict(model.config), predictors or "", schedule, model.dtype,
                  model.device)
-    measured = Measured(args.rows_file or f"out/harness/{run}.jsonl", run)
+    measured = Measured(f"out/harness/{run}.jsonl", run)
     for tasks in found:
         results = {}
         for arm in [harness_model(setup, name, measured, args.quiet) for name in args.scorers]:

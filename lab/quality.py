@@ -44,7 +44,7 @@ scorers: full; predictor, neighbours (the same, averaged with the scores of the 
 --min-prompt, --max-prompt, --context, --template, --system and --question shape the tasks nll and
 long (text: --max-prompt alone). --split validation reads the rows that settings are chosen by.
 
-Rows already measured are kept in --rows-file: the same command goes on where it was stopped.
+Rows already measured are kept under out/quality/: the same command goes on where it was stopped.
 
 Shapes: N prompt tokens, n tokens of a text or an answer, V vocabulary, S stages.
 """
@@ -499,8 +499,6 @@ def quality_options():
                         default=(1024, 2048), help="task needle: tokens of the prompts")
     parser.add_argument("--depths", type=options.at_least(0), nargs="+", metavar="PERCENT",
                         default=(0, 25, 50, 75, 100), help="where the needle stands in the text")
-    parser.add_argument("--rows-file", metavar="FILE", help="JSONL of the rows measured so far "
-                        "(default: a file under out/quality/ named after the command)")
     args, idle = parser.parse_args(), set(" ".join(USED_BY.values()).split())
     idle -= set(USED_BY[args.task].split())
     options.refuse_idle(parser, args, f"with --task {args.task}", " ".join(idle))
@@ -542,7 +540,6 @@ def main():
         parse_arm(name, 1, args.h2o)
     chat = choose_chat(find(args.ckpt), args.template, args.system, metadata)
     items = read_items(args, tokenizer, chat)
-    need(items, f"{args.data}: no rows")
     model, schedule, predictors = load_pruning(args)
     draft = args.draft and drafting(args, tokenizer, model)
     new = args.max_new_tokens if args.task == "long" else 0
@@ -560,8 +557,8 @@ def main():
     weights = digest(model, asdict(model.config), predictors or "")
     run = [arms, schedule, args.h2o, new, named, model.dtype, model.device, weights,
            args.draft]
-    store = args.rows_file or Path("out", "quality", f"{digest(run)}.jsonl")
-    done = measure_rows(setup, items, arms, runs.Measured(store, run), args.quiet)
+    store = runs.Measured(f"out/quality/{digest(run)}.jsonl", run)
+    done = measure_rows(setup, items, arms, store, args.quiet)
     rows = table(done, arms, args.task, named)
     show(rows)
     told = {"task": args.task, "data": Path(args.data).name, "schedule": asdict(schedule),

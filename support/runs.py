@@ -403,8 +403,7 @@ class Measured:
         if not self.path.is_file() or not self.path.stat().st_size:
             self.path.write_text(head + "\n", encoding="utf-8")
         *lines, rest = self.path.read_text(encoding="utf-8").split("\n")
-        need(lines[:1] == [head], f"{path}: what it holds belongs to another command; name another "
-                                  "file with --rows-file")
+        need(lines[:1] == [head], f"{path}: what it holds belongs to another command: delete it")
         with blame(path, "damaged, delete it"):
             self.found = dict(map(json.loads, lines[1:]))
         if rest:

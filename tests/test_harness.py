@@ -114,19 +114,6 @@ def test_a_context_without_words_is_the_prefix_token(make, front, context):
     assert model.loglikelihood(asked((context, "5 71 8"))) == expected
 
 
-@pytest.mark.parametrize("front", [[], [7]])
-@pytest.mark.parametrize("start", ["", "7 "])
-def test_a_whole_text_follows_one_prefix_token(make, front, start):
-    """Whether the tokenizer puts it, or the text does; a long one is read in lm_eval's windows."""
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    model, ids = make(front=front), [i * 11 % 90 for i in range(1, 1101)]
-    for n in (200, 512, 1100):
-        windows = map(make_disjoint_window, get_rolling_token_windows(ids[:n], 7, 512, 1))
-        read = model._loglikelihood_tokens([(None, *window) for window in windows])
-        whole, = model.loglikelihood_rolling(asked((start + " ".join(map(str, ids[:n])),)))
-        assert whole == sum(value for value, _ in read)
-
-
 @pytest.mark.parametrize("name", ["full", "full+h2o"])
 def test_what_is_written_is_what_generate_writes(make, name):
     """Up to the first stop text, of which an empty one stops nothing."""
@@ -178,25 +165,24 @@ def test_differences_from_the_full_model_are_paired_by_row():
 def command_of(manager, data, monkeypatch):
     """command_of(*words) runs lab.harness with these options and few tasks."""
     def run(*words):
-        words = ["lab/harness.py", "--rows-file", data / "rows", "--data", data, *words]
+        words = ["lab/harness.py", "--data", data, *words]
+        monkeypatch.chdir(data)
         monkeypatch.setattr("sys.argv", [*map(str, words)])
-        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: manager)
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
         with contextlib.redirect_stdout(sys.stderr):
             harness.main()
     return run
 
 
 def test_tasks_are_measured_in_several_arms(command_of, capfd):
-    """Whole texts are never pruned."""
-    command_of("--tasks", "winogrande", "boolq", "lambada_openai", "own", "--limit", 4, "--scorers",
+    command_of("--tasks", "winogrande", "boolq", "lambada_openai", "--limit", 4, "--scorers",
                "full", "predictor", "--num-fewshot", 2, "--json", "--quiet")
     told, text = capfd.readouterr()
     told = json.loads(told)
     assert told["lm_eval"] == "0.4.13" and told["num_fewshot"] == 2 and told["hardware"]
-    assert len(told["rows"]) == 2 * (1 + 1 + 2 + 3)
+    assert len(told["rows"]) == 2 * (1 + 1 + 2)
     for row in told["rows"]:
-        whole = row["scorer"] == "full" or row["task"] == "own"
-        assert row["n"] == 4 and (row["mean_keep"] == 1) == whole
+        assert row["n"] == 4 and (row["mean_keep"] == 1) == (row["scorer"] == "full")
         assert ("vs_full" in row) == (row["scorer"] != "full" and row["metric"] == "acc")
     assert "predictor, boolq acc: " in text and "contexts are read" not in text
 
@@ -204,14 +190,19 @@ def test_tasks_are_measured_in_several_arms(command_of, capfd):
 @pytest.mark.parametrize("words, message", [
     (["--tasks", "piqa"], "no rows for piqa, expected a file piqa.jsonl"),
     (["--tasks", "boolq"], "boolq: lm_eval cannot load this task from"),
-    (["--tasks", "own", "--scorers", "oracle:norm_gx"], "needs to know the right answer"),
-    (["--tasks", "own", "--scorers", "full", "best"], "unknown scorer 'best'"),
+    (["--tasks", "lambada_openai", "--scorers", "oracle:norm_gx"], "needs to know the right"),
+    (["--tasks", "lambada_openai", "--scorers", "full", "best"], "unknown scorer 'best'"),
 ])
 def test_what_cannot_be_measured_is_refused_first(command_of, data, monkeypatch, words, message):
     jsonl(data / "boolq.jsonl", [{"text": "no row of BoolQ"}])
     monkeypatch.setattr(harness, "measure", lambda *_: need(False, "something was measured"))
     with pytest.raises(ValueError, match=message):
         command_of(*words)
+
+
+def test_the_likelihood_of_a_whole_text_is_refused(command_of):
+    with pytest.raises(ValueError, match="there is nothing to prune"):
+        command_of("--tasks", "own", "--scorers", "full")
 
 
 def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch):
@@ -229,7 +220,7 @@ def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch):
 @needs("transformers")
 @needs("accelerate")
 def test_all_is_as_lm_eval_s_own_model_says_it(manager, make, data):
-    """Likelihoods of pairs and of whole texts, and what is written."""
+    """Likelihoods of pairs, and what is written."""
     from lm_eval.models.huggingface import HFLM
     theirs = HFLM(pretrained=str(SMOLLM2), dtype="float32", device="cpu", batch_size=1)
     ours = make(setup=Setup(load("smollm2", torch.float32, "cpu"), Schedule.scaled(30),
@@ -242,9 +233,6 @@ def test_all_is_as_lm_eval_s_own_model_says_it(manager, make, data):
     for (value, chosen), (own, own_chosen) in zip(ours.loglikelihood(requests),
                                                   theirs.loglikelihood(requests), strict=True):
         assert value == pytest.approx(own, abs=1e-3) and chosen == own_chosen
-    whole = asked(("The keeper looked at the sea, which was rising.",))
-    expected = theirs.loglikelihood_rolling(whole)
-    assert ours.loglikelihood_rolling(whole) == pytest.approx(expected, abs=1e-3)
     begun = asked(*(("The keeper looked at the sea and", {"until": [stop], "max_gen_toks": 12})
                     for stop in (".", "\n\n")))
     assert ours.generate_until(begun) == theirs.generate_until(begun)
