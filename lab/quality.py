@@ -25,6 +25,7 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 likely is a digit of the number, by --lengths and --depths, and is all of it the
                 model's own choice?
 scorers: full; predictor, neighbours (the same, averaged with the scores of the tokens around),
+       predictor:MASS (each stage keeps MASS of its scores' softmax, another number in each row),
        random, recent, earliest, norm, attention;
        oracle:norm_gx and so on (they need the answer: ceilings, no methods).
        The field's: progressive (LazyLLM: the last token's attention, stage by stage), middle
@@ -64,8 +65,9 @@ from torch import nn
 from infer import generate
 from lab import tasks
 from lab.caches import h2o
-from lab.scorers import (AHEAD, FIELD, SCORERS, TRAINED, Fronted, by_chunks, early_layer, enough,
-                         known_scorer, lookahead, make_scorer, one_cut, oracle_scorer, scorer_flops)
+from lab.scorers import (AHEAD, FIELD, SCORERS, TRAINED, Fronted, by_chunks, by_mass, early_layer,
+                         enough, known_scorer, lookahead, make_scorer, one_cut, oracle_scorer,
+                         scorer_flops)
 from model import KVCache, Llama, Tokenizer, load
 from prune import UNPRUNED, Schedule, check, extend, flops, load_pruning, prefill, select
 from saliency import REDUCE, saliency
@@ -82,8 +84,8 @@ TEXTS = ("compress", "truncate", "bm25", "two-pass")    # a shorter text is read
 # One cut, behind this share of the blocks; None: where the first stage stands.
 CUTS = {"middle": 0.5, "lookahead": 0.0, "adaptive": None}
 ARMS = ("full", *TEXTS, "bm25:passage", "lookahead", "adaptive", *SCORERS, *FIELD, *ORACLES)
-NAME = re.compile(rf"({'|'.join(ARMS)}|lookahead:[1-9]\d*|adaptive:0?\.\d+)(@[1-9]\d*|@cut)?"
-                  r"(\+h2o|\+local)?")
+NAME = re.compile(rf"({'|'.join(ARMS)}|lookahead:[1-9]\d*|(?:adaptive|predictor):0?\.\d+)"
+                  r"(@[1-9]\d*|@cut)?(\+h2o|\+local)?")
 USUAL = ("full", "predictor", "random", "recent", "earliest", "norm", "attention", "truncate",
          "oracle:norm_gx")
 
@@ -174,7 +176,9 @@ def prepare(setup, arm, prompt, item, seed, known):
         schedule = replace(schedule, keep=enough(scores, float(size or 0.99)) / N)
         scorer = known_scorer(scores)
     elif name != "full":
-        scorer = make_scorer(arm.scorer, model, schedule, setup.predictors, seed)
+        scorer = make_scorer(name, model, schedule, setup.predictors, seed)
+        if size:
+            schedule = by_mass(model, prompt, schedule, scorer, float(size))
     else:
         schedule = UNPRUNED
     counts = schedule.counts(text.shape[1], len(reader.blocks))[-blocks:]

@@ -8,7 +8,7 @@ score the whole prompt in a pass of their own (`lookahead`, `early_layer`).
 Shapes: n tokens of the N of a prompt, H query heads, G key/value heads, d head size.
 """
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from infer import decode
 from model import visible
-from prune import predictor_scorer, prefill
+from prune import Schedule, predictor_scorer, prefill, protected
 from support.files import need
 
 TRAINED = ("predictor", "neighbours")               # these need trained predictors
@@ -233,6 +233,33 @@ def ranks(scores):
 
 
 # ---------------------------------------------------------------------------------------- schedules
+
+
+@dataclass(frozen=True)
+class Shares(Schedule):
+    """A Schedule whose stage s keeps the share shares[s - 1] of the prompt."""
+    shares: tuple = ()
+
+    def share(self, s):
+        return self.shares[s - 1]
+
+
+def by_mass(model, tokens, schedule, scorer, mass):
+    """The same stages for one prompt (1, N), each with as few tokens as hold `mass` of the softmax
+    of the scores that compete there, so that clear-cut prompts lose more than others.
+
+    The prompt is read once to learn these numbers.
+    """
+    N, shares = tokens.shape[1], []
+    found = Shares(**vars(schedule), shares=shares)
+
+    def counting(s, x, pos):
+        scores, fixed = scorer(s, x, pos), protected(pos, N, schedule)
+        compete = scores.masked_fill(fixed, -math.inf).softmax(-1)
+        shares.append(min(pos.shape[1], int(fixed.sum()) + enough(compete, mass)) / N)
+        return scores
+    prefill(model, tokens, found, counting)
+    return found
 
 
 def one_cut(schedule, blocks, after=None):

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SCHEDULE, TOKENS, close, frozen_predictors, tiny_model
-from lab.scorers import (AHEAD, Fronted, attention_scorer, by_chunks, early_layer, enough,
-                         known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
+from lab.scorers import (AHEAD, Fronted, attention_scorer, by_chunks, by_mass, early_layer,
+                         enough, known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
                          with_neighbours)
 from predictor import score
-from prune import Schedule, extend, prefill
+from prune import Schedule, extend, prefill, protected
 
 MODEL = tiny_model()
 PREDICTORS = frozen_predictors()
@@ -138,6 +138,20 @@ def test_a_share_of_the_mass_is_reached_by_the_fewest():
     scores = torch.tensor([[0.1, 0.4, 0.0, 0.3, 0.2]])
     found = [enough(scores, mass) for mass in (0.3, 0.5, 0.75, 0.95, 1.0)]
     assert found == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.9])
+def test_each_stage_keeps_the_fewest_tokens_that_hold_the_mass(mass):
+    """The softmax is taken over those that compete; the protected stay beside them."""
+    tokens, scorer = TOKENS[:, :48], made("predictor")
+    schedule = by_mass(MODEL, tokens, SCHEDULE, scorer, mass)
+    for stage in prefill(MODEL, tokens, schedule, scorer)[2]:
+        fixed = protected(stage.seen, 48, SCHEDULE)[0].tolist()
+        weights = [math.exp(s) for s, safe in zip(stage.scores[0].tolist(), fixed) if not safe]
+        wanted, count = mass * sum(weights), 0
+        while sum(sorted(weights)[-count:]) < wanted or not count:
+            count += 1
+        assert stage.kept.shape[1] == sum(fixed) + count
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
