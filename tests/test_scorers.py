@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SCHEDULE, TOKENS, close, frozen_predictors, tiny_model
+from infer import generate
 from lab.scorers import (AHEAD, Fronted, attention_scorer, by_chunks, by_mass, early_layer,
                          enough, known_scorer, lookahead, make_scorer, one_cut, scorer_flops,
                          with_neighbours)
@@ -36,14 +37,17 @@ def rank_by_counting(scores):
             for i, s in enumerate(scores)]
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("recent", lambda x, p: p), ("earliest", lambda x, p: -p),
-    ("norm", lambda x, p: math.sqrt(sum(value ** 2 for value in x)))])
-def test_rules(name, expected):
+def pooled(values, window):
+    """The mean of each value and its neighbours."""
+    around = [values[max(0, i - window // 2):i + window // 2 + 1] for i in range(len(values))]
+    return [sum(each) / len(each) for each in around]
+
+
+def test_rules():
     x, pos = states()
-    found = made(name)(1, x, pos)[0].tolist()
-    slow = [expected(token, p) for token, p in zip(x[0].tolist(), pos[0].tolist())]
-    assert found == pytest.approx(slow, rel=1e-5)
+    length = x.square().sum(-1).sqrt()
+    for name, expected in (("recent", pos), ("earliest", -pos), ("norm", length)):
+        assert torch.allclose(made(name)(1, x, pos), expected.float(), rtol=1e-5)
 
 
 def test_the_seed_of_the_random_scorer_fixes_its_scores():
@@ -57,10 +61,7 @@ def test_the_seed_of_the_random_scorer_fixes_its_scores():
 def test_neighbours_are_averaged_one_by_one(share, window):
     x, pos = states()
     ranks = rank_by_counting(score(PREDICTORS[0](x))[0].tolist())
-    slow = []
-    for i, rank in enumerate(ranks):
-        around = ranks[max(0, i - window // 2):i + window // 2 + 1]
-        slow.append((1 - share) * rank + share * sum(around) / len(around))
+    slow = [(1 - share) * rank + share * mean for rank, mean in zip(ranks, pooled(ranks, window))]
     found = with_neighbours(made("predictor"), share, window)(1, x, pos)
     assert found[0].tolist() == pytest.approx(slow, abs=1e-6)
     assert share != 0.6 or torch.equal(found, made("neighbours")(1, x, pos))
@@ -72,11 +73,6 @@ def given(q, k, at, window=None):
     seen = [j for j in range(i + 1) if window is None or at[i] - at[j] < window]
     e = {j: math.exp(q[i] @ k[j] / math.sqrt(12)) for j in seen}
     return [e.get(j, 0.0) / sum(e.values()) for j in range(len(at))]
-
-
-def pooled(values, window):
-    around = [values[max(0, i - window // 2):i + window // 2 + 1] for i in range(len(values))]
-    return [sum(each) / len(each) for each in around]
 
 
 @pytest.mark.parametrize("name, last, pool", [
@@ -99,11 +95,9 @@ def test_attention_that_a_token_receives(name, last, pool, window):
 
 def test_a_lookahead_is_what_the_next_tokens_look_at():
     """By loops over a whole pass of prompt and next tokens: no cache, no batch of queries."""
-    row = TOKENS[:, :40]
-    for _ in range(AHEAD):
-        row = torch.cat((row, MODEL(row)[:, -1].argmax(-1, keepdim=True)), 1)
-    assert close(lookahead(MODEL, row[:, :40]), lookahead(MODEL, row[:, :40], row[:, 40:]), 1e-6)
-    row = TOKENS[:, :43]
+    row, prompt = TOKENS[:, :43], TOKENS[:, :40]
+    said = torch.tensor([generate(MODEL, prompt, AHEAD, eos=()).tokens])
+    assert close(lookahead(MODEL, prompt), lookahead(MODEL, prompt, said), 1e-6)
     x, rope = MODEL.embed(row), MODEL.rope(torch.arange(43)[None], 43)
     slow = [[0.0] * 40 for _ in range(3)]
     for block in MODEL.blocks:
@@ -114,7 +108,7 @@ def test_a_lookahead_is_what_the_next_tokens_look_at():
                 each = pooled(given(q[0, h], k[0, h // 2], list(range(end)))[:40], 13)
                 slow[i] = [max(pair) for pair in zip(best, each)]
         x = block(x, rope)
-    found = lookahead(MODEL, row[:, :40], row[:, 40:])[0]
+    found = lookahead(MODEL, prompt, row[:, 40:])[0]
     assert found.tolist() == pytest.approx([sum(each) / 3 for each in zip(*slow)], rel=1e-4)
     chunks = by_chunks(found[None], 16)[0]
     for start in (0, 16, 32):
@@ -124,14 +118,10 @@ def test_a_lookahead_is_what_the_next_tokens_look_at():
 
 @pytest.mark.parametrize("last", [1, 9])
 def test_the_early_layer_asks_the_last_tokens_in_one_block(last):
-    found = early_layer(MODEL, TOKENS, 2, last)
-    x, rope = MODEL.embed(TOKENS), MODEL.rope(torch.arange(60)[None], 60)
-    for block in MODEL.blocks[:2]:
-        x = block(x, rope)
-    q, k, _ = MODEL.blocks[2].qkv(x, rope)
-    each = [given(q[0, h], k[0, h // 2], list(range(end))) + [0.0] * (60 - end)
-            for h in range(4) for end in range(61 - last, 61)]
-    assert found[0].tolist() == pytest.approx([sum(one) for one in zip(*each)], rel=1e-4)
+    """As the attention rule above, at a stage before this block that drops nothing."""
+    stage = Schedule(2, 1, 1, 1.0)
+    _, _, trace = prefill(MODEL, TOKENS, stage, attention_scorer(MODEL, stage, last))
+    assert close(early_layer(MODEL, TOKENS, 2, last), trace[0].scores, 1e-5)
 
 
 def test_a_share_of_the_mass_is_reached_by_the_fewest():
@@ -161,9 +151,8 @@ def test_a_cut_before_the_first_block_reads_the_survivors_at_their_positions(kee
     cut = Schedule(1, 1, 1, keep)
     logits, caches, trace = prefill(model, TOKENS[:, :48], cut, known_scorer(scores), room=4)
     pos = torch.cat((trace[0].kept, torch.arange(48, 52)[None]), 1)
-    x, rope = MODEL.embed(torch.cat((TOKENS[:, trace[0].kept[0]], TOKENS[:, 48:52]), 1)), None
+    x, rope = MODEL.embed(TOKENS[:, pos[0]]), MODEL.rope(pos, 52)
     for block in MODEL.blocks:
-        rope = MODEL.rope(pos, 52)
         x = block(x, rope)
     found = torch.cat((logits[:, None], extend(model, TOKENS[:, 48:52], 48, caches)), 1)
     assert close(found, MODEL.logits(x[:, -5:]), 1e-5) and trace[0].kept.shape[1] == 48 * keep
@@ -186,8 +175,7 @@ def test_missing_predictors_are_said():
             make_scorer(name, MODEL, SCHEDULE)
 
 
-@pytest.mark.parametrize("schedule, blocks", [
-    (Schedule(), 32), (Schedule.scaled(12), 12), (Schedule.scaled(30), 30), (SCHEDULE, 6)])
+@pytest.mark.parametrize("schedule, blocks", [(Schedule(), 32), (SCHEDULE, 6)])
 def test_one_cut_costs_as_much_as_the_stages(schedule, blocks):
     cut = one_cut(schedule, blocks)
     assert cut.after(blocks) == schedule.after(blocks)[:1]
