@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import SCHEDULE, frozen_predictors, needs, tiny_model
+from conftest import SCHEDULE, draw, frozen_predictors, needs, tiny_model
 from infer import generate
 from lab import speed
 from lab.speed import Transformers, engines, measure, retyped, their_caches
@@ -65,24 +65,14 @@ def test_the_first_call_is_not_timed(monkeypatch):
 
 # ----------------------------------------------------------------------------------- transformers
 
-OTHERS = {"Llama": [{"tied": True}, {"rope_llama3": (8.0, 1.0, 4.0, 48.0)}, {"rope_linear": 4.0},
-                    {"qkv_bias": True, "o_bias": True}],
-          "Mistral": [{"window": 11}],
-          "Qwen2": [{"qkv_bias": True, "tied": True}],
-          "Qwen3": [{"qk_norm": True}, {"qk_norm": True, "qkv_bias": True, "o_bias": True}]}
-
 
 @needs("transformers")
-@pytest.mark.parametrize("kind, changes", [(kind, changes) for kind, each in OTHERS.items()
-                                           for changes in each])
-def test_transformers_runs_on_the_same_weights(kind, changes):
-    model = tiny_model(**changes)
-    generator = torch.Generator().manual_seed(5)
-    for name, p in model.named_parameters():
-        if p.dim() == 1:            # biases and norms
-            p.data += 0.3 * torch.randn(p.shape, generator=generator)
+@pytest.mark.parametrize("changes", [       # a Llama, a Mistral, a Qwen2 and a Qwen3
+    {"tied": True, "rope_llama3": (8.0, 1.0, 4.0, 48.0)}, {"window": 11}, {"qkv_bias": True},
+    {"qk_norm": True, "qkv_bias": True, "o_bias": True}])
+def test_transformers_runs_on_the_same_weights(changes):
+    model = draw(tiny_model(**changes), torch.Generator().manual_seed(5))
     other = Transformers(model)
-    assert type(other.theirs).__name__ == f"{kind}ForCausalLM"
     theirs = dict(other.theirs.named_parameters())
     for name, p in model.named_parameters():
         assert theirs[hf_name(name)].data_ptr() == p.data_ptr(), "shared, not copied"
@@ -105,8 +95,8 @@ def test_transformers_runs_on_the_same_weights(kind, changes):
 @pytest.mark.parametrize("kind, error", [("F32", 0), ("BF16", 2**-8), ("Q8_0", 2**-6)])
 def test_a_gguf_file_in_another_type_holds_the_same(kind, error, tmp_path):
     gguf = pytest.importorskip("gguf")
-    from test_convert import draw, write
-    first = write(tmp_path / "m.gguf", draw(), "llama", "Q4_0")
+    import test_convert
+    first = test_convert.write(tmp_path / "m.gguf", test_convert.draw(), "llama", "Q4_0")
     old, new = map(gguf.GGUFReader, (first, retyped(first, kind, tmp_path / "again.gguf")))
     told, again = ({name: field.contents() for name, field in file.fields.items()
                     if not name.startswith("GGUF.")} for file in (old, new))
@@ -119,10 +109,10 @@ def test_a_gguf_file_in_another_type_holds_the_same(kind, error, tmp_path):
 
 @needs("llama_cpp")
 def test_llama_cpp_says_the_same(tmp_path):
-    from test_convert import draw, write
-    model = draw(n_blocks=4)
-    args = SimpleNamespace(vs=["llama.cpp", str(write(tmp_path / "m.gguf", model))], lengths=[40],
-                           max_new_tokens=12)
+    import test_convert
+    model = test_convert.draw(n_blocks=4)
+    file = test_convert.write(tmp_path / "m.gguf", model)
+    args = SimpleNamespace(vs=["llama.cpp", str(file)], lengths=[40], max_new_tokens=12)
     arms = engines(args, model)
     assert list(arms) == ["llamacpp_F32", "llamacpp_BF16", "llamacpp_Q8_0"]
     ours = generate(model, TOKENS, 12, eos=()).tokens
@@ -150,10 +140,8 @@ def test_the_command_prints_a_row_for_each_length(monkeypatch, capsys):
     speed.main()
     out = capsys.readouterr().out
     assert [row["n"] for row in told["bench"]] == [32, 48]
-    arms = [line.split()[:2] for line in out.splitlines() if line.split()[0] in ("32", "48")]
-    assert arms == [["32", "full"], ["32", "sdtp"], ["48", "full"], ["48", "sdtp"]]
-    row = told["bench"][0]
-    assert f"prefill {row['speedup']['prefill']:.2f}x of {row['ideal']:.2f}x" in out
+    for row in told["bench"]:
+        assert f"prefill {row['speedup']['prefill']:.2f}x of {row['ideal']:.2f}x" in out
 
 
 def test_too_long_prompts_are_refused_before_anything_is_measured(leaves, monkeypatch):
