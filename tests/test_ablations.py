@@ -92,7 +92,7 @@ def test_what_is_measured_is_kept_under_all_it_depends_on(study, tmp_path, monke
 # -------------------------------------------------------------------------------------- the tables
 
 
-def test_rows_of_a_table_are_paired(study, capsys):
+def test_rows_of_a_table_are_paired(study):
     table = compare(study, ROWS, SCHEDULE, ARMS, "some")
     full, random, norm, recent = table
     assert [row["scorer"] for row in table] == ["full", "random", "norm", "recent"]
@@ -101,14 +101,9 @@ def test_rows_of_a_table_are_paired(study, capsys):
     assert full["value"] == pytest.approx(nll_sum(Schedule(stages=0), "norm"))
     for row in table[1:]:
         assert row["value"] == pytest.approx(nll_sum(SCHEDULE, row["scorer"]))
-        assert row["mean_keep"] == pytest.approx(sum(SCHEDULE.counts(30, 6)) / 180)
-    gap = random["value"] - full["value"]
-    assert norm["share_of_gap"] == pytest.approx((random["value"] - norm["value"]) / gap)
     assert norm["vs_first"] == norm["vs_first_stderr"] == 0.0
     assert recent["vs_first"] == pytest.approx(recent["share_of_gap"] - norm["share_of_gap"])
     assert recent["vs_first_stderr"] > 0 and "vs_first" not in random
-    lines = capsys.readouterr().out.splitlines()
-    assert [text.split()[3] for text in lines] == ["full", "random", "norm", "recent"]
 
 
 def test_every_scorer_is_read_at_every_keep_ratio(study):
@@ -155,7 +150,7 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     assert [(row["group"], row["scorer"]) for row in rows] == [
         (group, name) for group in ("seed 0", "seed 1") for name in names]
     assert rows[1]["value"] == rows[4]["value"] and rows[2]["value"] != rows[5]["value"]
-    assert (found["table"], found["training_rows"], found["schedule"]["stages"]) == ("seeds", 4, 2)
+    assert (found["training_rows"], found["schedule"]["stages"]) == (4, 2)
     code, out, err = command(*words)
     assert code == 0 and json.loads(out) == found
     assert "8 results are in" in err and err.count("1 steps are done") == 2

@@ -96,16 +96,11 @@ def test_an_answer_is_written_as_it_grows(text, expected, verdict, capsys):
     assert capsys.readouterr().out == f"{verdict}\n"
 
 
-def row_of(full, sdtp, share):
-    arms = {name: {"prefill_spread_s": spread} for name, spread in (("full", full), ("sdtp", sdtp))}
-    return {**arms, "share_of_ideal": share}
-
-
-@pytest.mark.parametrize("row, said", [
-    (row_of((1, 1.1), (1, 1.1), 0.9), False), (row_of((1, 1.3), (1, 1.1), 0.9), True),
-    (row_of((1, 1.1), (1, 1.1), 1.05), False), (row_of((1, 1.1), (1, 1.3), 0.9), True),
-    (row_of((1, 1.1), (1, 1.1), 1.2), True)])
-def test_a_busy_machine_is_told(row, said):
+@pytest.mark.parametrize("full, sdtp, share, said", [       # the slowest passes, the ideal's share
+    (1.1, 1.1, 1.05, False), (1.3, 1.1, 0.9, True), (1.1, 1.3, 0.9, True), (1.1, 1.1, 1.2, True)])
+def test_a_busy_machine_is_told(full, sdtp, share, said):
+    row = {"full": {"prefill_spread_s": [1, full]}, "sdtp": {"prefill_spread_s": [1, sdtp]},
+           "share_of_ideal": share}
     assert ("was busy" in show.noise(row)) == said
 
 
@@ -122,9 +117,8 @@ def test_no_color_is_respected(monkeypatch):
 
 @pytest.mark.parametrize("n", [5, 200])
 def test_figure_1_is_legible(n, tmp_path):
-    pytest.importorskip("matplotlib")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     labels = [("$\\frac$", "word", " ", "a-very-long-word")[i % 4] for i in range(n)]
     show.heat_map(torch.rand(12, n), labels, tmp_path / "x.png")
-    header = (tmp_path / "x.png").read_bytes()[16:24]
-    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+    height, width, _ = pyplot.imread(tmp_path / "x.png").shape
     assert 500 < width < 1500 and 150 < height < 1000
