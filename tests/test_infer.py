@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 
 import pytest
@@ -78,8 +77,6 @@ def test_how_a_token_is_chosen(tiny, tokens, said):
     assert sampler(0) is greedy
     assert drawn(1e-4) == said
     assert drawn(2.0) == drawn(2.0) != said
-    least = generate(tiny, tokens, 1, pick=partial(torch.argmin, dim=-1, keepdim=True)).tokens
-    assert least == [tiny(tokens)[0, -1].argmin()]
     for temperature in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="expected 0 or more"):
             sampler(temperature)
@@ -225,8 +222,6 @@ def test_fewer_stages_prune_as_the_first_of_all_do(run):
     plain, fewer = run(*words), run(*words, "--stages", 5)
     assert fewer["schedule"]["stages"] == max(fewer["stage_of"]) == 5
     assert fewer["stage_of"] == [s if s < 6 else 0 for s in plain["stage_of"]]
-    assert fewer["sdtp"]["counts"][:7] == plain["sdtp"]["counts"][:7]
-    assert len(set(fewer["sdtp"]["counts"][6:])) == 1
 
 
 def test_bench_of_random_weights(run, monkeypatch, leaves):
@@ -248,8 +243,7 @@ REFUSED = [     # options of infer.py, what the one line says
     (("--prompt-file", "tests"), "tests: no such prompt file"),
     (("--prompt", "a", "--data", "b"), "leave all but one out"),
     (("--temperature", "nan"), "expected 0 or more"),
-    *((("--bench", 64, name, value), f"{name} does nothing with --bench, which reads random") for
-      name, value in (("--temperature", 1), ("--html", "x"), ("--prompt", "x"), ("--row", 1))),
+    (("--bench", 64, "--temperature", 1), "--temperature does nothing with --bench, which reads"),
     (("--prompt", "a", "--row", 1), "--row does nothing without --data: leave it out"),
     (("--prompt_file", "x"), "arguments: --prompt_file x; do you mean --prompt-file?"),
     (("--max-new-tokens", -3), "expected a whole number, at least 1, not '-3'"),

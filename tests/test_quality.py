@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT, SCHEDULE, TOKENS, TOY, command, frozen_predictors, tiny_model
+from conftest import (ROOT, SCHEDULE, TOKENS, TOY, command, frozen_predictors, jsonl,
+                      tiny_model)
 from infer import generate
 from lab import quality
 from lab.caches import H2OCache, h2o
@@ -237,23 +238,19 @@ def test_odd_rows_meet_the_arms_in_reverse(monkeypatch):
     assert list(measure(SETUP, ITEM, ["full", "random"], 3)) == ["random", "full"]
 
 
-def test_a_killed_run_goes_on_and_measures_no_row_twice(tmp_path, monkeypatch):
-    items = [Item(list(range(20 + i)), ITEM.answers) for i in range(4)]
-    log, numbers = tmp_path / "rows.jsonl", []
+def test_a_stopped_run_goes_on_and_measures_no_row_twice(tmp_path, monkeypatch):
+    items, numbers = [Item(list(range(20 + i)), ITEM.answers) for i in range(4)], []
 
-    def rows(path, n):
-        store = Measured(path, "settings")
+    def rows(name, n):
+        store = Measured(tmp_path / name, "settings")
         found = quality.measure_rows(SETUP, items[:n], ["full", "random"], store)
         return [[arm["answers"] for arm in row.values()] for row in found]
-    whole = rows(tmp_path / "whole.jsonl", 4)
-    rows(log, 2)
-    with log.open("a") as file:
-        file.write('["d1", {"full": {"answers": [[-1')      # a kill in the middle of a line
+    whole = rows("whole", 4)
+    rows("stopped", 2)
     monkeypatch.setattr(quality, "measure",
                         lambda *given: numbers.append(given[-1]) or measure(*given))
     for _ in range(2):
-        assert rows(log, 4) == whole and numbers == [2, 3]
-    assert len(log.read_text().splitlines()) == 5
+        assert rows("stopped", 4) == whole and numbers == [2, 3]
 
 
 @pytest.mark.beside
@@ -299,8 +296,7 @@ def test_each_checkpoint_has_its_own_numbers(tmp_path):
 def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
     text, result = "The fog moved behind the green mirrors. " * 20, {}
     row = {"text": text, "context": text, "input": "What moved?", "answers": ["The fog"]}
-    data = tmp_path / "d.jsonl"
-    data.write_text(f"{json.dumps(row)}\n" * 2)
+    data = jsonl(tmp_path / "d.jsonl", [row, row])
     monkeypatch.setattr(options, "print_json", lambda args, model, told: result.update(told))
     arms = ["full", "predictor", "predictor@cut+h2o", "compress", "oracle:abs_dot", "lookahead:32",
             "two-pass", "middle"]
@@ -326,6 +322,5 @@ def test_every_task_on_the_toy(tmp_path, monkeypatch, task, metrics):
 def test_bad_input_ends_in_one_line_before_the_work(leaves, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, "measure", None)
-    with open("long.jsonl", "w") as file:
-        file.write(json.dumps({"text": "The fog moved behind the green mirrors. " * 400}))
+    jsonl(tmp_path / "long.jsonl", [{"text": "The fog moved behind the green mirrors. " * 400}])
     assert message in leaves("lab/quality.py", *words)
