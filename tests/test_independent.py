@@ -1,8 +1,8 @@
 """The paper's path against second writings that call nothing of what they check.
 
 Pruned generation against a pass over the whole text in plain tensor operations; H2O against a loop
-over its heads; saliency against transformers. Logits against transformers: tests/test_model.py
-feature by feature, tests/test_published.py model by model.
+over its heads. Saliency against finite differences: tests/test_saliency.py. Logits against
+transformers: tests/test_model.py feature by feature, tests/test_published.py model by model.
 """
 import math
 from fractions import Fraction
@@ -10,14 +10,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from conftest import close, draw, load_cpu, needs
+from conftest import close, draw
 from infer import generate
 from lab.caches import h2o
 from model import Config, Llama, Rope
 from predictor import NearPredictor, Predictor
 from prune import Schedule, extend, nll, predictor_scorer, prefill
-from saliency import mark, saliency
-from test_published import config_of, shrunk
 
 NEW = 6                             # tokens that are decoded
 
@@ -137,8 +135,8 @@ def case(seed, schedule, kind=Predictor, **changes):
     return model, predictors, (schedule, predictor_scorer(predictors))
 
 
-def random_text(n, seed, vocab=70):
-    return torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(seed))
+def random_text(n, seed):
+    return torch.randint(0, 70, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 SCHEDULE = Schedule(1, 1, 4, 0.8)
@@ -231,43 +229,3 @@ def test_h2o_equals_a_loop_over_its_heads(share, heavy):
         want, held = one_head(queries[g], k[0, g], v[0, g], n, share, heavy)
         assert close(found[g].transpose(0, 1), want, 1e-9)
         assert torch.equal(cache.k[0, g, :cache.n], k[0, g, held])
-
-
-# ---------------------------------------------------------------------------------------- saliency
-
-
-def by_hooks(model, tokens, prompt_len, blocks):
-    """transformers' states that leave `blocks`, and the gradients of the response's likelihood."""
-    states = []
-
-    def keep(module, args, output):
-        output.retain_grad()
-        states.append(output)
-
-    hooks = [model.model.layers[b - 1].register_forward_hook(keep) for b in blocks]
-    told = model(tokens).logits.softmax(-1)[0, prompt_len - 1:-1]
-    told.gather(1, tokens[0, prompt_len:, None]).log().sum().backward()
-    for hook in hooks:
-        hook.remove()
-    return [(x.detach(), x.grad) for x in states]
-
-
-@needs("transformers")
-@pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "SmolLM2-135M", "Qwen3-0.6B"])
-def test_saliency_equals_hooks_on_transformers(name, tmp_path):
-    import transformers
-    told = {**shrunk(config_of(name)), "num_hidden_layers": 5}
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**told), attn_implementation="eager")
-    draw(theirs.float(), torch.Generator().manual_seed(0)).requires_grad_(True)
-    theirs.save_pretrained(tmp_path)
-    ours, blocks = load_cpu(tmp_path), [1, 3, 5]
-    tokens = random_text(30, 8, vocab=64)[None]
-    for prompt_len in (21, 9):
-        marked = zip(*mark(ours, tokens, prompt_len, blocks)[:2],
-                     saliency(ours, tokens, prompt_len, blocks))
-        hooked = by_hooks(theirs, tokens, prompt_len, blocks)
-        for (x, g, s), (their_x, their_g) in zip(marked, hooked):
-            by_hand = (their_g * their_x).square().sum(-1).sqrt()[0]
-            for found, want in ((x, their_x), (g, their_g), (s, by_hand)):
-                assert close(found, want, 1e-4 * want.abs().max().item())

@@ -1,7 +1,4 @@
-"""saliency.py: Eq. 3 against finite differences, the reductions, Figure 2's number, the command.
-
-Against transformers' own gradients: tests/test_independent.py.
-"""
+"""saliency.py: Eq. 3 against finite differences, the reductions, Figure 2's number, the command."""
 import json
 
 import pytest
@@ -27,6 +24,8 @@ def log_likelihood(model, x, tokens, prompt_len, block):
 def test_gradient_equals_finite_difference(tokens, block):
     model, tokens = tiny_model().double(), tokens[:, :20]
     (x,), (g,), _ = mark(model, tokens, 14, [block])
+    by_hand = (g * x).square().sum(-1).sqrt().float()
+    assert torch.allclose(saliency(model, tokens, 14, [block]), by_hand)
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(x.shape, generator=generator, dtype=torch.double)
     for token in (0, 5, 13, 15):
