@@ -43,24 +43,8 @@ def tokens_per_block(n, blocks, *schedule):
     return prune.Schedule(*schedule).counts(n, blocks)
 
 
-@torch.no_grad()
-def decode(x, N, blocks, caches, theta):
-    """model.KVCache and model.rotate themselves, all new tokens in one pass."""
-    model, longer, end = llama(x.shape[1], theta), [], N + len(x)
-    rope = model.rope(torch.arange(N, end)[None], end)
-    for (*matrices, Wo), (k, v, pos) in zip(blocks, caches):
-        cache = m.KVCache(model.config, end, x)
-        cache.append(k[None, None], v[None, None], pos[None])
-        q, k, v = ((x @ W.T)[None, None] for W in matrices)
-        q, k = (m.rotate(each, rope.cos, rope.sin) for each in (q, k))
-        x = x + cache.attend(q, k, v, rope)[0, 0] @ Wo.T
-        held = cache.k, cache.v, cache.pos[None]
-        longer.append(tuple(part[0, 0, :cache.n] for part in held))
-    return x, longer
-
-
 class Whole:
-    """A block of exercise 9 as prune.prefill calls one."""
+    """A block of exercise 9 as prune.py calls one."""
 
     def __init__(self, block, x):
         k = block.project(x)[1]
@@ -72,16 +56,37 @@ class Whole:
         return self.block.finish(x[0], attend(q, k, v, rope)[0])[None]
 
 
+def model_of(blocks, x, theta):
+    """Blocks of exercise 9 as a model, whose tokens have the states x."""
+    whole = [Whole(block, x) for block in blocks]
+    return SimpleNamespace(blocks=whole, embed=lambda tokens: x[None], logits=lambda x: x,
+                           rope=llama(whole[0].c.head_dim, theta).rope)
+
+
+def one_head(*matrices, Wo):
+    """A block of exercise 8 as exercise 9 has them."""
+    return SimpleNamespace(project=lambda x: [(x @ W.T)[None] for W in matrices],
+                           finish=lambda x, y: x + y[0] @ Wo.T)
+
+
+@torch.no_grad()
+def decode(x, N, blocks, caches, theta):
+    """prune.extend itself, all new tokens in one pass."""
+    model = model_of([one_head(*matrices, Wo=Wo) for *matrices, Wo in blocks], x, theta)
+    longer = []
+    for block, (k, v, pos) in zip(model.blocks, caches):
+        longer.append(m.KVCache(block.c, len(pos) + len(x), x))
+        longer[-1].append(k[None, None], v[None, None], pos[None])
+    x = prune.extend(model, x[None], N, longer)[0]
+    return x, [(cache.k[0, 0], cache.v[0, 0], cache.pos[0]) for cache in longer]
+
+
 @torch.no_grad()
 def prefill(x, blocks, scorer, schedule, theta):
     """prune.prefill itself."""
-    whole = [Whole(block, x) for block in blocks]
-    model = SimpleNamespace(blocks=whole, embed=lambda tokens: x[None], logits=lambda x: x,
-                            rope=llama(whole[0].c.head_dim, theta).rope)
-
     def one_row(s, x, pos):
         return scorer(s, x[0], pos[0])[None]
-    last, caches, _ = prune.prefill(model, torch.zeros(1, len(x), dtype=torch.long),
+    last, caches, _ = prune.prefill(model_of(blocks, x, theta), x[None],
                                     prune.Schedule(*schedule), one_row)
     return last[0], [(cache.k[0], cache.v[0], cache.pos[0]) for cache in caches]
 
