@@ -75,19 +75,15 @@ def test_marked_states_need_no_masked_pass(tiny, example, near, monkeypatch):
 
 
 def test_near_predictors_read_only_the_survivors_that_a_stage_will_find(tiny, example):
-    """On marked states these are the most salient: what the others are is no matter."""
+    """On marked states these are the most salient."""
     predictors, marks = fresh_predictors(near=True), marking(tiny, example, SCHEDULE, Recipe())
-    found = list(competing_marked(predictors, marks, FREE, SCHEDULE))
-    for s, (scores, saliency) in enumerate(found, start=1):
-        ours = marks.saliency[s - 1].masked_fill(~FREE, math.inf)
-        index = ours.topk(SCHEDULE.kept(48, s - 1)).indices.sort().values
-        alone = score(predictors[s - 1](marks.states[s - 1][:, index], index[None]))
+    found = competing_marked(predictors, marks, FREE, SCHEDULE)
+    for s, (scores, saliency) in enumerate(found):
+        ours = marks.saliency[s].masked_fill(~FREE, math.inf)
+        index = ours.topk(SCHEDULE.kept(48, s)).indices.sort().values
+        alone = score(predictors[s](marks.states[s][:, index], index[None]))
         assert close(scores, alone[0, FREE[index]], 1e-6)
-        assert torch.equal(saliency, marks.saliency[s - 1][index[FREE[index]]])
-        lost = torch.ones(48, dtype=torch.bool).index_fill(0, index, False)
-        marks.states[s - 1][:, lost] = 1e6
-    again = competing_marked(predictors, marks, FREE, SCHEDULE)
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, again))
+        assert torch.equal(saliency, marks.saliency[s][index[FREE[index]]])
 
 
 # ------------------------------------------------------------------------------------------- masks
@@ -234,22 +230,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, tmp_path):
 # ------------------------------------------------------------------------------ what must not go on
 
 
-@pytest.mark.parametrize("where", ["marking", "pruning"])
-def test_nan_stops_with_step_and_stage_and_no_file_changes(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("name", ["reduce_saliency", "topk_mask"])
+def test_nan_stops_with_step_and_stage_and_no_file_changes(tmp_path, monkeypatch, name):
+    """In a gradient of the marking pass, or in a prediction of the pruning pass."""
     run = short_run(tmp_path, 2)
-    saved, mask, seen = run.out.read_bytes(), T.topk_mask, []
+    saved, original, seen = run.out.read_bytes(), getattr(T, name), []
 
-    def reduce_saliency(g, x, reduce):
+    def damaged(x, *given):
         seen.append(1)                              # of four stages a row
-        return g.norm(dim=-1) * (math.nan if len(seen) == 11 else 1)
+        x.data.mul_(math.nan if len(seen) == 11 else 1)
+        return original(x, *given)
 
-    def topk_mask(pi, *given):
-        seen.append(1)
-        pi.data.mul_(math.nan if len(seen) == 11 else 1)
-        return mask(pi, *given)
-
-    change = reduce_saliency if where == "marking" else topk_mask
-    monkeypatch.setattr(T, change.__name__, change)
+    monkeypatch.setattr(T, name, damaged)
     with pytest.raises(ValueError, match="^step 2: .*stage 3: a score or saliency is not finite"):
         short_run(tmp_path, 4)
     assert run.out.read_bytes() == saved
