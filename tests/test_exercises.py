@@ -909,7 +909,7 @@ def lending(name, f, seed):
     """Right helpers for those of a student's that are wrong -> their names: a mistake costs the
     exercise where it was made, and not those that call it.
     """
-    scope = getattr(f, "__globals__", {})
+    scope = getattr(inspect.unwrap(f), "__globals__", {})   # not those of torch.no_grad
     mine = {each: scope.get(each) for each in CALLS.get(name, ())}
     wrong = {each: helper for each, helper in mine.items() if check(each, helper, seed)}
     scope.update({each: REFERENCE[each] for each in wrong})
