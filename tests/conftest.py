@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -145,19 +144,8 @@ time nobody could come."""
 
 
 def command(*words, cwd=ROOT, **options):
-    """Run one of our commands as a user would -> exit code, stdout, stderr.
-
-    options: those of forked.run; of subprocess.run for a text of Python (-c).
-    """
-    run = anew if words[0] == "-c" else forked.run
-    return run(words, cwd, **options)
-
-
-def anew(words, cwd, **options):
-    """As forked.run, in a process that has to import all it needs."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, **options)
-    return done.returncode, done.stdout, done.stderr
+    """Run one of our commands as a user would -> exit code, stdout, stderr; see forked.run."""
+    return forked.run(words, cwd, **options)
 
 
 @pytest.fixture

@@ -16,16 +16,15 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch.distributed.tensor", "safetensors.torch", "forked"])
 
 
-def run(words, cwd, timeout=300, env=os.environ, copies=({},), preexec_fn=None):
+def run(words, cwd, timeout=300, env=os.environ, copies=({},)):
     """Run `python WORDS` in a folder -> exit code, stdout, stderr.
 
-    copies: what the environment of each process has besides. preexec_fn: as for subprocess.run, but
-    pickled. stdout is that of the first; the exit code is not 0 where any is not; stderr is that of
-    all. Raises TimeoutExpired.
+    copies: what the environment of each process has besides. stdout is that of the first; the exit
+    code is not 0 where any is not; stderr is that of all. Raises TimeoutExpired.
     """
     with tempfile.TemporaryDirectory() as folder:
         said = [(Path(folder, f"out{i}"), Path(folder, f"err{i}")) for i in range(len(copies))]
-        running = [start(words, cwd, out, err, {**env, **more}, preexec_fn)
+        running = [start(words, cwd, out, err, {**env, **more})
                    for (out, err), more in zip(said, copies)]
         deadline = time.monotonic() + timeout
         for process in running:
@@ -39,10 +38,10 @@ def run(words, cwd, timeout=300, env=os.environ, copies=({},), preexec_fn=None):
         return code, said[0][0].read_text(encoding="utf-8"), errors
 
 
-def start(words, cwd, out, err, env=os.environ, preexec_fn=None):
+def start(words, cwd, out, err, env=os.environ):
     """Start `python WORDS` in a folder -> the process; out, err: files, or names of terminals."""
     words = [str(word) for word in words]
-    told = words, str(cwd), dict(env), str(out), str(err), preexec_fn
+    told = words, str(cwd), dict(env), str(out), str(err)
     process = FORKS.Process(target=become, args=told)
     process.start()
     return process
@@ -56,10 +55,8 @@ def until(text, path, process, seconds=120):
         time.sleep(0.01)
 
 
-def become(words, cwd, env, out, err, preexec_fn):
+def become(words, cwd, env, out, err):
     """Inside of a copy: be `python WORDS`."""
-    if preexec_fn:
-        preexec_fn()
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)

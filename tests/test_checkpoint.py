@@ -37,12 +37,6 @@ def refused(folder, file, message):
     assert "\n" not in str(e.value)
 
 
-def reads_golden(path, name):
-    """Whether a checkpoint gives the stored logits of a golden case."""
-    got = load_cpu(path)(golden.tokens(name)[:1])
-    return close(got, load_file(golden.GOLDEN)[name][:1], 1e-4)
-
-
 # ------------------------------------------------------------------------------------- config.json
 
 
@@ -86,10 +80,9 @@ def test_every_field_that_is_missing_is_as_transformers_has_it(family, tmp_path)
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"window": 11, "tied": True}, {"qkv_bias": True, "bos": 5, "eos": (6,)}, {"qk_norm": True},
-    {"qkv_bias": True, "o_bias": True}, {"qkv_bias": True, "o_bias": True, "qk_norm": True},
-    {"rope_linear": 2.5, "max_positions": 1280, "eos": (6, 7)},
-    {"rope_llama3": (8.0, 1.0, 4.0, 48.0), "rope_theta": 5e5, "norm_eps": 1e-4}], ids=str)
+    {}, {"window": 11, "tied": True}, {"qkv_bias": True, "bos": 5, "eos": (6,)},
+    {"qkv_bias": True, "o_bias": True, "qk_norm": True, "rope_llama3": (8.0, 1.0, 4.0, 48.0)},
+    {"rope_linear": 2.5, "max_positions": 1280, "eos": (6, 7), "norm_eps": 1e-4}], ids=str)
 def test_a_config_that_is_written_is_read_back(fields, tmp_path):
     config = tiny_model(**fields).config
     assert config_of(tmp_path, hf_config(config)) == config
@@ -105,17 +98,14 @@ def test_no_family_mixes_a_window_with_biases():
 NUMBER, WHOLE = "expected a positive number", "expected a whole number from 1 to"
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 BAD = [         # a file, what is changed in it or stands there, what the message says
-    *((CONFIG, text, "not valid JSON") for text in ("", "{", b"\xff\xfe", "[" * 100000)),
+    *((CONFIG, text, "not valid JSON") for text in ("{", b"\xff\xfe", "[" * 100000)),
     (CONFIG, "[7]", "expected a JSON object"),
     (CONFIG, {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-    (CONFIG, {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
     (CONFIG, {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn' is not supported"),
     (CONFIG, {"rope_scaling": {"type": "linear"}}, f"factor is None, {NUMBER}"),
-    (CONFIG, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, f"_factor is None, {NUMBER}"),
     (CONFIG, {"rope_scaling": {**golden.SCALING, "low_freq_factor": 4.0}}, "must be above"),
     (CONFIG, {"rope_scaling": "llama3"}, "expected an object"),
     (CONFIG, {"rope_theta": float("inf")}, f"rope_theta is inf, {NUMBER}"),
-    (CONFIG, {"rms_norm_eps": None}, f"rms_norm_eps is None, {NUMBER}"),
     (CONFIG, {"num_key_value_heads": 3}, "4 attention heads do not divide among 3 key/value heads"),
     (CONFIG, {"head_dim": 15}, "head_dim 15 is odd"),
     *((CONFIG, {name: None}, f"{name} is None, {WHOLE}") for name in SPARSE),
@@ -124,19 +114,14 @@ BAD = [         # a file, what is changed in it or stands there, what the messag
     (CONFIG, {"eos_token_id": [2, None]}, "eos_token_id must be whole numbers, not [2, None]"),
     (CONFIG, {"bos_token_id": "<s>"}, "bos_token_id is '<s>'"),
     *((CONFIG, {"layer_types": kinds}, "layer_types is not a list of 3 times") for kinds in (
-        ["chunked_attention"] * 3, ["full_attention"] * 2, "full_attention", [{}, [], None])),
+        ["chunked_attention"] * 3, ["full_attention"] * 2, "full_attention")),
     (CONFIG, {"sliding_window": 0}, "sliding_window is 0"),
-    (CONFIG, {"model_type": "qwen2", "use_sliding_window": "yes"},
-     "use_sliding_window is 'yes', expected true or false"),
     (CONFIG, {"model_type": "qwen2", "max_window_layers": "2"}, "max_window_layers is '2'"),
-    (GENERATION, "{", "not valid JSON"),
     (GENERATION, '{"eos_token_id": "</s>"}', "eos_token_id must be whole numbers, not ['</s>']"),
-    (INDEX, "{", "not valid JSON"),
     *((INDEX, text, "no weight_map") for text in ("[]", '{"weight_map": {}}',
                                                   '{"weight_map": {"a": 1}}')),
     *((INDEX, {"weight_map": {"lm_head.weight": way}}, "is not a plain file name inside")
-      for way in ("../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "")),
-    (INDEX, {"weight_map": {"lm_head.weight": "x.safetensors"}}, "1 are missing: x.safetensors"),
+      for way in ("../x.safetensors", "/etc/passwd", "..", "")),
 ]
 
 
@@ -159,8 +144,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.mark.parametrize("found, message", [    # so much of the shard, or another file
-    (0, "half a download or the like, which begins with b''"),
-    *((size, "damaged or truncated safetensors file") for size in (100, -4, -10000)),
+    *((size, "damaged or truncated safetensors file") for size in (100, -4)),
     (POINTER, "a Git-LFS pointer: `git lfs pull` gets"), (b"GGUF\3\0\0\0\0", "a GGUF file: python"),
     (b"<!DOCTYPE html><html>", "a web page, half a download or the like, which begins with b'<!D")])
 def test_what_stands_in_place_of_a_shard_is_told(found, message, tmp_path):
@@ -169,11 +153,11 @@ def test_what_stands_in_place_of_a_shard_is_told(found, message, tmp_path):
     refused(tmp_path, FIRST, message)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", FIRST, INDEX, CONFIG])
+@pytest.mark.parametrize("file", [FIRST, INDEX, CONFIG])
 def test_a_link_that_leads_nowhere_is_named(file, tmp_path):
     """As in the Hub's cache, where its files went away."""
     path = golden.write_checkpoint(tmp_path, "sharded") / file
-    path.unlink(missing_ok=True)
+    path.unlink()
     path.symlink_to("../../blobs/0123")
     with pytest.raises(ValueError, match=f"{tmp_path}: {file}: a link to a file that is not"):
         load_cpu(tmp_path)
@@ -190,7 +174,6 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("new, message", [      # tensors in place of the checkpoint's own
     ({Q + "weight": None}, f"1 tensors are missing: {Q}weight"),
     ({"lm_head.weight": None}, "1 tensors are missing: lm_head.weight"),
-    ({"model.layers.3.mlp.up_proj.weight": torch.zeros(112, 64)}, "up_proj.weight' has no place"),
     ({Q + "bias": torch.zeros(64)}, "q_proj.bias' has no place"),
     ({Q + "weight": torch.zeros(64, 60)},
      f"{Q}weight has shape (64, 60), config.json asks for (64, 64)"),
@@ -213,7 +196,8 @@ def test_a_tensor_in_two_shards(tmp_path):
 def test_rotary_frequencies_are_passed_over(tmp_path):
     file = golden.write_checkpoint(tmp_path, "llama2") / "model.safetensors"
     save_file(STATE | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
-    assert reads_golden(tmp_path, "llama2")
+    got = load_cpu(tmp_path)(golden.tokens("llama2"))
+    assert close(got, load_file(golden.GOLDEN)["llama2"], 1e-4)
 
 
 @needs("transformers")

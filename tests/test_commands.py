@@ -1,31 +1,24 @@
 """The way from a checkpoint as it comes to a pruned answer, and every wrong turn on it."""
-import json
 import re
 import shutil
-import time
 
 import pytest
 
 import forked
 import golden
-from conftest import ROOT, TOY, jsonl, tiny_model
-from support.config import hf_config
+from conftest import ROOT, TOY, jsonl
 from support.options import read_text
 from support.rows import rows_at_hand
-from support.weights import find, hf_name
+from support.weights import find
 
 DOLLY = "databricks-dolly-15k.jsonl"
 
 
 def llama2(folder):
     """A shrunken Llama-2 as the Hub has it: two shards and their index, the toy's tokenizer."""
-    folder.mkdir(parents=True)
-    vocab = json.loads((TOY / "config.json").read_text())["vocab_size"]
-    model = tiny_model(dim=32, n_blocks=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn=88,
-                       vocab=vocab, max_positions=4096, bos=1, eos=(2,))
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
+    sizes = {"num_hidden_layers": 32, "vocab_size": 1280, "max_position_embeddings": 4096}
+    golden.write_checkpoint(folder, "sharded", case=golden.BASE | sizes)
     shutil.copy(TOY / "tokenizer.model", folder)
-    golden.write_shards(folder, {hf_name(name): p.half() for name, p in model.named_parameters()})
 
 
 def typed(line, folder):
@@ -39,22 +32,16 @@ def typed(line, folder):
 # --------------------------------------------------------------------------------- the way through
 
 
-def clone(folder):
-    """A folder with the shrunken Llama-2 in llama-7b, and Dolly in data/."""
+@pytest.mark.beside
+def test_from_a_checkpoint_to_a_pruned_answer_in_three_commands(tmp_path):
+    """No option has to be looked up: each command says the next."""
+    folder, filler = tmp_path, "The fog covered the quiet drums. " * 12
     llama2(folder / "llama-7b")
-    filler = "The fog covered the quiet drums. " * 12
     rows = [{"instruction": "What does Anna sell?", "category": "closed_qa",
              "context": f"{filler}Anna sells {number} maps.",
              "response": f"Anna sells {number} maps."} for number in range(30)]
     (folder / "data").mkdir()
     jsonl(folder / "data" / DOLLY, rows)
-    return folder
-
-
-@pytest.mark.beside
-def test_from_a_checkpoint_to_a_pruned_answer_in_three_commands(tmp_path):
-    """No option has to be looked up: each command says the next."""
-    folder = clone(tmp_path)
     code, _, err = typed("python infer.py --ckpt ./llama-7b", folder)
     assert code == 1 and len(err.splitlines()) == 1
     assert f"`python {ROOT}/train.py --ckpt ./llama-7b` trains them" in err
@@ -96,30 +83,24 @@ WRONG = {       # what is wrong: the command, what its line says (a part of it)
     "a name that nothing has": (f"{INFER} --ckpt qwen2.5-coder-1.5b-x",
                                 "no checkpoint 'qwen2.5-coder-1.5b-x'"),
     "a mistyped name": (f"{INFER} --ckpt Toy", "do you mean --ckpt toy"),
-    "Llama before it was downloaded": (f"{TRAIN} --ckpt llama-3-8b", "get it with `hf download "
+    "Llama before it was downloaded": (f"{TRAIN} --ckpt new/llama-3-8b", "get it with `hf download "
                                        "meta-llama/Meta-Llama-3-8B --local-dir"),
     "no rows to train on": (f"{TRAIN} --ckpt llama", f"{DOLLY} is not here: `hf download"),
     "a data file that is not there": (f"{TRAIN} --ckpt llama --data x.jsonl",
                                       "x.jsonl: no such data file"),
-    "a data file with a broken line": (f"{TRAIN} --ckpt llama --data broken.jsonl",
-                                       "broken.jsonl, line 2: not valid JSON"),
+    "a data file without rows": (f"{TRAIN} --ckpt llama --data latin1.txt",
+                                 "latin1.txt, line 1: not valid JSON"),
     "no loss": (f"{TRAIN} --cls 0 --mse 0 --rank 0", "one at least is positive"),
     "no predictors yet": (f"{INFER} --ckpt llama", "`python train.py --ckpt llama` trains them"),
     "predictors of another model": (f"{INFER} --ckpt llama --predictors {TOY} --prompt hi "
                                     "--template plain",
                                     "made for another model"),
-    "predictors that are not there": (f"{INFER} --predictors none", "none: no such file"),
     "a prompt file in Latin-1": (f"{INFER} --prompt-file latin1.txt", "latin1.txt: not UTF-8 text"),
-    "an empty prompt": (f"{INFER} --prompt-file empty.txt", "the prompt is empty"),
-    "too many new tokens": (f"{INFER} --prompt hi --max-new-tokens 5000",
-                            "past this model's 2048 positions"),
     "a system text without a place": (f"{INFER} --prompt hi --system be", "no place for a system"),
-    "random weights to train on": (f"{TRAIN} --ckpt random:mistral-7b",
-                                   "random weights are for timings"),
-    "a page that cannot be written": (f"{INFER} --html empty.txt/page.html",
-                                      "empty.txt/page.html: cannot be written"),
-    "a device that is not there": (f"{INFER} --device warp", "device 'warp' is not available here"),
-    "a figure on it": ("python saliency.py --device warp", "device 'warp' is not available here"),
+    "a page that cannot be written": (f"{INFER} --html tiny.gguf/page.html",
+                                      "tiny.gguf/page.html: cannot be written"),
+    "a device that is not there": ("python saliency.py --device warp",
+                                   "device 'warp' is not available here"),
 }
 
 
@@ -138,24 +119,17 @@ def wrong(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "tiny.gguf").write_bytes(b"GGUF")
     (folder / "latin1.txt").write_bytes("Käse".encode("latin-1"))
-    (folder / "empty.txt").write_text("\n")
-    row = '{"instruction": "a", "response": "b"}\n'
-    rows = [row.replace("a", f"question {i}") for i in range(20)]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    (folder / "broken.jsonl").write_text(row + '{"instr')
+    jsonl(folder / "rows.jsonl", [{"instruction": f"question {i}", "response": "b"}
+                                  for i in range(20)])
     return folder
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_input_ends_in_one_line_at_once(what, wrong, leaves, monkeypatch):
+def test_a_wrong_input_ends_in_one_line(what, wrong, leaves, monkeypatch):
     line, says = WRONG[what]
-    if "llama-3-8b" in line and (ROOT / "checkpoints" / "llama-3-8b").exists():
-        pytest.skip("it was downloaded")
     monkeypatch.chdir(wrong)
     monkeypatch.setenv("HF_HOME", str(wrong / "hub"))
-    begin = time.time()
     assert says in leaves(*line.split()[1:])
-    assert time.time() - begin < 30
 
 
 def test_places_in_the_hubs_cache_and_under_checkpoints_are_found(tmp_path, monkeypatch):
@@ -167,9 +141,9 @@ def test_places_in_the_hubs_cache_and_under_checkpoints_are_found(tmp_path, monk
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("0123abcd")
         found.append(repository / "snapshots" / "0123abcd")
-    llama2(found[0])
-    found[1].mkdir(parents=True)
-    (found[1] / DOLLY).write_text("{}")
+        found[-1].mkdir(parents=True)
+    (found[0] / "config.json").touch()
+    (found[1] / DOLLY).touch()
     assert find("meta-llama/Small") == found[0]
     assert rows_at_hand("meta-llama/Small") == found[1] / DOLLY
     shutil.copytree(TOY, tmp_path / "toy")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import TOY, jsonl
-from support.chat import choose_chat
+from support.chat import choose_chat, render
 from support.rows import PARTS, digest, encode_row, examples, read_rows, row_at
 
 PLAIN, CHATML = choose_chat(TOY, "plain"), choose_chat(TOY, "chatml")
@@ -47,12 +47,10 @@ def test_encoding_of_a_row(sixty):
 LOST = [        # what is asked for, what is said of it; prompts have 5, 8 or 9 tokens
     ({}, ""),
     ({"min_prompt": 8}, "36 rows; left out: 18 shorter than --min-prompt 8"),
-    ({"max_prompt": 8}, "36 rows; left out: 18 longer than --max-prompt 8"),
     ({"context": True, "max_prompt": 8},
      "18 rows; left out: 18 without a context, 18 longer than --max-prompt 8"),
     ({"max_positions": 14}, "36 rows; left out: 18 longer than the model's 14 positions"),
     ({"max_positions": 14, "max_response": 5}, "54 rows; 54 responses cut to 5 tokens"),
-    ({"max_response": None, "limit": 3}, ""),
     ({"max_response": 2, "limit": 3}, "3 rows; 3 responses cut to 2 tokens"),
 ]
 
@@ -66,11 +64,7 @@ def test_what_is_left_out_or_cut_is_said_in_one_line(sixty, capsys, asked, said)
     assert max(len(example.tokens) for example in found) <= asked.get("max_positions", 15)
 
 
-def test_rows_without_a_response_are_counted_and_no_row_at_all_says_why(tmp_path, sixty, capsys):
-    path = jsonl(tmp_path / "e.jsonl", [{"instruction": "q", "response": "a" * (i % 2)}
-                                             for i in range(20)])
-    assert len(examples(Letters(), path, "train", PLAIN)) == 9
-    assert capsys.readouterr().out == "e.jsonl, train: 9 rows; left out: 9 without a response\n"
+def test_no_row_at_all_says_why(sixty):
     with pytest.raises(ValueError, match="no train row .*; left out: 54 shorter than --min-prompt"):
         examples(Letters(), sixty, "train", PLAIN, min_prompt=100)
 
@@ -82,8 +76,7 @@ FORMS = {       # a row in its file, what is read of it
     "Alpaca": ({"instruction": "a", "input": "b", "output": "c", "text": "abc"}, ("a", "b", "c")),
     "Alpaca, mixed": ({"instruction": "a", "input": "b", "response": "c"}, ("a", "b", "c")),
     "Alpaca, no input": ({"instruction": "a", "output": "c"}, ("a", None, "c")),
-    "chat": ({"messages": WHO}, ("Who?", None, "Anna")),
-    "chat, earlier turns": ({"messages": [*HOW, *WHO, HOW[1]]}, ("Who?", None, "Anna")),
+    "chat": ({"messages": [*HOW, *WHO, HOW[1]]}, ("Who?", None, "Anna")),
 }
 
 
@@ -96,45 +89,39 @@ def test_forms_of_rows_and_files(form, write, tmp_path):
     (tmp_path / "d.json").write_bytes(write([told, told]).encode())
     rows = read_rows(tmp_path / "d.json")
     assert [[row.get(name) for name in PARTS] for row in rows] == [list(want)] * 2
-    assert rows[0].get("before", []) == (HOW if form == "chat, earlier turns" else [])
+    assert rows[0].get("before", []) == (HOW if form == "chat" else [])
 
 
 def test_earlier_turns_stand_in_the_prompt(tmp_path):
-    path = jsonl(tmp_path / "d.jsonl", [{"messages": HOW + WHO}] * 2)
-    example = encode_row(Letters(), read_rows(path)[0], CHATML)
-    said = "".join(map(chr, example.tokens.tolist()))
-    parts = [said.index(part) for part in ("Be brief.", "Hi", "Hello", "Who?", "Anna")]
-    assert parts == sorted(parts) and example.prompt_len == parts[-1]
+    row, = read_rows(jsonl(tmp_path / "d.jsonl", [{"messages": HOW + WHO}]))
+    example = encode_row(Letters(), row, CHATML)
+    prompt = Letters().encode(render(CHATML, "Who?", HOW))
+    assert example.tokens.tolist() == [*prompt, *map(ord, "Anna")]
+    assert example.prompt_len == len(prompt)
 
 
-def test_texts_that_nobody_reads_are_named(tmp_path, capsys):
-    rows = [{"instruction": f"q{i}", "passage": "p", "hint": "h" * (i % 2), "response": "a",
-             "input": "", "number": 5} for i in range(20)]
+def test_rows_without_a_response_and_texts_that_nobody_reads_are_named(tmp_path, capsys):
+    rows = [{"instruction": f"q{i}", "passage": "p", "hint": "h" * (i % 2), "input": "",
+             "number": 5, "response": "a" * (i % 3)} for i in range(20)]
     examples(Letters(), jsonl(tmp_path / "d.jsonl", rows), "train", PLAIN)
-    assert capsys.readouterr().out == "d.jsonl, train: 18 rows; 9 rows whose 'hint' is not read\n"
+    assert capsys.readouterr().out == ("d.jsonl, train: 12 rows; left out: 6 without a response; "
+                                       "9 rows whose 'hint' is not read\n")
 
 
-DOUBLES = "1 with the text of a row of an earlier split"
-
-
-@pytest.mark.parametrize("row", [{"instruction": "same"}, {"messages": WHO},
-                                 {"instruction": "q{}", "context": "same"}], ids=str)
-def test_rows_of_an_earlier_split_are_left_out_and_that_is_said(row, tmp_path, capsys):
-    rows = [{"response": "a", **json.loads(json.dumps(row).replace("{}", str(i)))}
-            for i in range(40)]
-    rows[36] |= {"messages": HOW} if "messages" in row else {
-        name: text + "!" for name, text in row.items()}
-    path = jsonl(tmp_path / "d.jsonl", rows)
+def test_rows_of_an_earlier_split_are_left_out_and_that_is_said(tmp_path, capsys):
+    """Known by what is asked where there is no context, earlier turns and all."""
+    same, other = {"messages": HOW + WHO}, {"messages": WHO}
+    path = jsonl(tmp_path / "d.jsonl", [same] * 36 + [other] + [same] * 3)
     assert len(examples(Letters(), path, "heldout", CHATML)) == 1
-    assert capsys.readouterr().out == f"d.jsonl, heldout: 1 rows; left out: {DOUBLES}\n"
+    assert capsys.readouterr().out == ("d.jsonl, heldout: 1 rows; left out: 1 with the text of a "
+                                       "row of an earlier split\n")
     with pytest.raises(ValueError, match="no validation row .*; left out: 2 with the text of a"):
         examples(Letters(), path, "validation", CHATML)
 
 
-@pytest.mark.parametrize("n, split", [(0, "train"), (1, "train"), (9, "validation")])
+@pytest.mark.parametrize("n, split", [(1, "train"), (9, "validation")])
 def test_a_file_that_is_too_small_says_so(n, split, tmp_path):
-    path = jsonl(tmp_path / "d.jsonl", [{"instruction": str(i), "response": "a"}
-                                             for i in range(n)])
+    path = jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "response": "a"}] * n)
     with pytest.raises(ValueError, match=f"d.jsonl: too few rows, {n}, for any {split} ones"):
         read_rows(path, split)
 
@@ -149,7 +136,7 @@ NO_ROW = {      # a line that is no row, what the message says
     "no UTF-8": (b'{"instruction": "\xff", "response": "b"}', "not valid JSON"),
     "deep": (b"[" * 100000, "not valid JSON, expected one object a line or an array"),
     **{f"turns {turns}": (json.dumps({"messages": turns}).encode(), "messages are not turns")
-       for turns in ([], WHO[:1], WHO[1:], HOW[:1] + WHO[1:], "x", [5],
+       for turns in (WHO[:1], WHO[1:], HOW[:1] + WHO[1:], [5],
                      [WHO[0], {"role": "assistant", "content": ["x"]}])},
 }
 

@@ -26,7 +26,6 @@ def test_windows_of_plain_text(tmp_path):
     path = jsonl(tmp_path / "t.jsonl", [{"text": FOG}] * 20)
     begin, ids = TOKENIZER.encode(""), TOKENIZER.encode(FOG + "\n", bos=False) * 20
     items = tasks.text_items(TOKENIZER, path, 30, 10, 3)
-    assert len(begin) == 1
     assert [item.prompt + item.answers[0].tokens for item in items] \
         == [begin + ids[i:i + 39] for i in (0, 39, 78)]
     assert [len(item.prompt) for item in items] == [30] * 3
@@ -61,14 +60,7 @@ def test_long_rows_left_out_or_shortened_are_said(tmp_path, capsys):
         "l.jsonl, 2 rows; left out: 1 shorter than --min-prompt 10; 1 contexts shortened\n")
 
 
-def test_a_text_that_is_short_enough_stays_whole():
-    text = "Clara sells cups. Peter sells hats."
-    n = len(TOKENIZER.encode(text, bos=False))
-    assert tasks.shorten(TOKENIZER, text, n) == text
-    assert tasks.shorten(TOKENIZER, text, n - 1) == "Clara sells cups\n...\nsells hats."
-
-
-@pytest.mark.parametrize("more", [{"answers": []}, {"answers": [3]}, {"answers": None}, {}])
+@pytest.mark.parametrize("more", [{"answers": []}, {"answers": [3]}, {}])
 def test_long_rows_without_an_answer_are_named(tmp_path, more):
     path = jsonl(tmp_path / "m.jsonl", [{"input": "q", "context": "c", **more}])
     with pytest.raises(ValueError, match="m.jsonl.*(expected rows as|a list of answers)"):
@@ -98,7 +90,7 @@ def test_dollys_rows_are_those_of_a_split(tmp_path):
 
 
 @pytest.mark.parametrize("depth, before", [
-    (0, ""), (20, ""), (60, "One ends here."), (100, "One ends here. Two ends here.")])
+    (20, ""), (60, "One ends here."), (100, "One ends here. Two ends here.")])
 def test_a_needle_stands_between_sentences(depth, before):
     text = tasks.hidden("One ends here. Two ends here.", depth, "NEEDLE.")
     assert text.split("NEEDLE.")[0].strip() == before
@@ -136,7 +128,7 @@ def test_f1_compares_bags_of_words():
 
 @pytest.mark.parametrize("said, right, value", [
     ("one two three four", "one three five four", 6 / 8), ("three two one", "one two three", 1 / 3),
-    ("she sells", "she sell", 1 / 2), ("one", "one two three four", 2 / 5)])
+    ("she sells", "she sell", 1 / 2)])
 def test_rouge_l_compares_the_longest_common_subsequence(said, right, value):
     pytest.importorskip("rouge_score")
     assert tasks.rouge_l()(said, right) == pytest.approx(value)
@@ -233,11 +225,10 @@ def test_rows_with_passages_alike_come_from_what_is_held_out(dolly, written, tmp
         written("--alike")                                          # each names its own town alone
 
 
-def test_too_few_rows_are_refused(dolly, tmp_path, leaves):
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(dolly.read_text().splitlines(True)[:60]))
-    ended = leaves("lab/tasks.py", "--data", few, "--out", tmp_path / "o.jsonl")
-    assert "too few passages in its heldout rows" in ended
+def test_too_few_rows_are_refused(dolly, written, tmp_path):
+    few = jsonl(tmp_path / "few.jsonl", read_rows(dolly)[:60])
+    with pytest.raises(ValueError, match="few.jsonl: too few passages in its heldout rows"):
+        written(data=few)
 
 
 # ----------------------------------------------------------------------------------- filtered text
@@ -254,10 +245,10 @@ def test_bm25_by_hand():
 
 @pytest.mark.parametrize("unit, room, left", [
     ("sentence", 6, "Anna sells maps. Snow fell.\n\n"), ("sentence", 3, "Anna sells maps. "),
-    ("sentence", 99, None), ("passage", 8, "Fog came. Anna sells maps. Snow fell.\n\n"),
+    ("passage", 8, "Fog came. Anna sells maps. Snow fell.\n\n"),
     ("passage", 6, "Nobody sells the green hats")])
 def test_a_filtered_context_holds_what_suits_the_question_in_order(unit, room, left):
     context = "Fog came. Anna sells maps. Snow fell.\n\nNobody sells the green hats"
     row = {"instruction": "What maps does Anna sell? Snow", "context": context}
     found = tasks.filtered(row, unit, room, lambda text: len(text.split()))
-    assert found == row | {"context": context if left is None else left}
+    assert found == row | {"context": left}

@@ -23,21 +23,16 @@ def test_the_committed_files_are_those_that_the_script_writes(tmp_path, monkeypa
     assert read_config(tmp_path / "config.json") == read_config(TOY / "config.json")
 
 
-def test_the_places_of_the_facts_that_are_asked_for():
-    tokenizer, rng = Tokenizer("toy"), random.Random(3)
-    for least in (300, 450):
-        tokens, prompt_len, asked = toy.fresh_prompt(rng, tokenizer, least)
-        ids = tokens[0].tolist()
-        answer = tokenizer.decode(ids[prompt_len:])
-        assert prompt_len >= least and ids[0] == tokenizer.prefix
-        told = tokenizer.decode([ids[place] for place in asked])
-        assert sorted(told.split()) == sorted(answer.split())       # perhaps in another order
-
-
-def test_measured_answers():
+def test_measured_answers_and_the_places_of_the_facts_that_are_asked_for():
     model, tokenizer, rng = load("toy", device="cpu"), Tokenizer("toy"), random.Random(0)
     predictors, metadata = load_predictors(TOY, model)
     prompts = [toy.fresh_prompt(rng, tokenizer, 300) for _ in range(6)]
+    for tokens, prompt_len, asked in prompts:
+        ids = tokens[0].tolist()
+        answer = tokenizer.decode(ids[prompt_len:])
+        told = tokenizer.decode([ids[place] for place in asked])
+        assert sorted(told.split()) == sorted(answer.split())       # perhaps in another order
+        assert prompt_len >= 300 and ids[0] == tokenizer.prefix
     schedule, found = Schedule(**metadata["schedule"]), {}
     for name in ("full", "predictor", "recent"):
         found[name] = toy.measure(name, model, prompts, schedule, predictors, quiet=True)
