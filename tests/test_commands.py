@@ -88,10 +88,7 @@ WRONG = {       # what is wrong: the command, what its line says (a part of it)
     "no rows to train on": (f"{TRAIN} --ckpt llama", f"{DOLLY} is not here: `hf download"),
     "a data file that is not there": (f"{TRAIN} --ckpt llama --data x.jsonl",
                                       "x.jsonl: no such data file"),
-    "a data file without rows": (f"{TRAIN} --ckpt llama --data latin1.txt",
-                                 "latin1.txt, line 1: not valid JSON"),
     "no loss": (f"{TRAIN} --cls 0 --mse 0 --rank 0", "one at least is positive"),
-    "no predictors yet": (f"{INFER} --ckpt llama", "`python train.py --ckpt llama` trains them"),
     "predictors of another model": (f"{INFER} --ckpt llama --predictors {TOY} --prompt hi "
                                     "--template plain",
                                     "made for another model"),

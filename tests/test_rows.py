@@ -109,13 +109,13 @@ def test_rows_without_a_response_and_texts_that_nobody_reads_are_named(tmp_path,
 
 
 def test_rows_of_an_earlier_split_are_left_out_and_that_is_said(tmp_path, capsys):
-    """Known by what is asked where there is no context, earlier turns and all."""
-    same, other = {"messages": HOW + WHO}, {"messages": WHO}
-    path = jsonl(tmp_path / "d.jsonl", [same] * 36 + [other] + [same] * 3)
-    assert len(examples(Letters(), path, "heldout", CHATML)) == 1
-    assert capsys.readouterr().out == ("d.jsonl, heldout: 1 rows; left out: 1 with the text of a "
+    """Without a context those whose question and earlier turns are both the same."""
+    same, *others = ({"messages": turns} for turns in (HOW + WHO, WHO, [*HOW, HOW[1], WHO[1]]))
+    path = jsonl(tmp_path / "d.jsonl", [same] * 54 + others + [same] * 4)
+    assert len(examples(Letters(), path, "heldout", CHATML)) == 2
+    assert capsys.readouterr().out == ("d.jsonl, heldout: 2 rows; left out: 1 with the text of a "
                                        "row of an earlier split\n")
-    with pytest.raises(ValueError, match="no validation row .*; left out: 2 with the text of a"):
+    with pytest.raises(ValueError, match="no validation row .*; left out: 3 with the text of a"):
         examples(Letters(), path, "validation", CHATML)
 
 

@@ -215,9 +215,9 @@ def test_both_files_give_the_ids_of_transformers_and_whole_characters(kind, tmp_
     for tokenizer in slow:
         assert isinstance(tokenizer.inner, FromModel)
         same_as_transformers(tokenizer, TEXTS)
-    for tokenizer in (fast, *slow):
         for text in TEXTS:
             assert pieces(tokenizer, text) == pieces(fast, text)
+    for tokenizer in (fast, *slow):
         for text in LANGUAGES:          # a character is shown at its last token
             ids = tokenizer.encode(text, bos=False)
             shown = tokenizer.pieces(ids)
@@ -325,8 +325,6 @@ def test_files_that_put_no_space_in_front_are_believed(tmp_path, monkeypatch):
         ids = sp.encode(text)
         assert fast.encode(text, bos=False) == slow.encode(text, bos=False) == ids
         assert slow.decode(ids) == text.replace("▁", " ")
-    with pytest.raises(AssertionError):
-        same_as_transformers(fast, PLAIN)
 
 
 # ------------------------------------------------------------------------------------ begin and end
@@ -334,7 +332,6 @@ def test_files_that_put_no_space_in_front_are_believed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("new, settings, first, prefix", [
     ({"bos_token_id": None}, {"add_bos_token": False}, [], 1),
-    ({}, {"bos_token": "</s>"}, [2], 2),
     ({"eos_token_id": [7, 8]}, {"bos_token": "<none>"}, [], 7),
     ({"eos_token_id": None}, {"bos_token": "<none>"}, [], None),
 ])
