@@ -110,7 +110,7 @@ def test_a_gguf_file_in_another_type_holds_the_same(kind, error, tmp_path):
 @needs("llama_cpp")
 def test_llama_cpp_says_the_same(tmp_path):
     import test_convert
-    model = test_convert.draw(n_blocks=4)
+    model = tiny_model(dim=64, head_dim=16, n_blocks=4, vocab=len(test_convert.TOKENS))
     file = test_convert.write(tmp_path / "m.gguf", model)
     args = SimpleNamespace(vs=["llama.cpp", str(file)], lengths=[40], max_new_tokens=12)
     arms = engines(args, model)
