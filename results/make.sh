@@ -80,6 +80,15 @@ large="--ckpt qwen2.5-coder-0.5b --predictors checkpoints/qwen2.5-coder-0.5b/pas
 
 make smollm2_teachers python -m lab.ablations --ckpt smollm2 --data out/passages-mixed.jsonl \
     --context --max-prompt 2000 --table teachers --rows 80 --epochs 4 --limit 40
+for place in first both; do         # trained so, asked at both ends, as infer.py does
+    wanted "$results/smollm2_taught_$place.json" smollm2_taught_$place || continue
+    python train.py --ckpt smollm2 $mixed --question $place --epochs 4 --limit 80 \
+        --out out/taught-$place
+    make smollm2_taught_$place $quality --ckpt smollm2 --predictors out/taught-$place $four \
+        --question both --limit 40 --scorers full predictor random
+done
+make smollm2_mass $quality $small $four --split validation --limit 40 \
+    --scorers full predictor predictor:0.9973 random
 
 # Section 4: long prompts (Table 1)
 arms="--scorers full predictor predictor@5 compress random recent"
@@ -187,8 +196,12 @@ for place in first last; do
     make qwen05_needle_$place $needle --question $place --scorers full predictor predictor@cut recent
     make qwen05_needle_${place}_field $needle --question $place --scorers lookahead:32 middle
 done
-# without the 4,096: four arms of it are half an hour
-make qwen05_needle_both ${needle% 4096} --question both --scorers full predictor lookahead:32 middle
+arms="--scorers full predictor lookahead:32 middle"
+make qwen05_needle_both ${needle% 4096} --question both $arms
+make qwen05_needle_both_4096 ${needle/1024 2048 4096/4096} --question both $arms
+for place in first last; do         # with two quiet cores a depth takes three minutes
+    make qwen05_needle_${place}_8192 ${needle/1024 2048 4096/8192} --question $place $arms
+done
 
 # Speed (Table 2): nothing else may run
 make qwen05_speed_cpu python -m lab.speed $large --lengths 1024 4096 8192 16384 32640
