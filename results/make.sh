@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that results/ holds, from nothing:
+# Everything that results/ holds, with the committed predictors:
 #
 #     bash results/make.sh DATA [NAME ...]
 #
@@ -87,8 +87,10 @@ for place in first both; do         # trained so, asked at both ends, as infer.p
     make smollm2_taught_$place $quality --ckpt smollm2 --predictors out/taught-$place $four \
         --question both --limit 40 --scorers full predictor random
 done
-make smollm2_mass $quality $small $four --split validation --limit 40 \
-    --scorers full predictor predictor:0.9973 random
+chosen="$four --split validation --limit 40"
+make smollm2_mass $quality $small $chosen --scorers full predictor predictor:0.9973 random
+make smollm2_validation_both $quality $small $chosen --question both \
+    --scorers full predictor random
 
 # Section 4: long prompts (Table 1)
 arms="--scorers full predictor predictor@5 compress random recent"
@@ -186,6 +188,12 @@ arms="full predictor random earliest norm earliest@cut truncate oracle:norm_gx"
 make qwen05_passages $quality $large $four --limit 65 --scorers $arms predictor@cut
 make qwen05_dolly $quality $large --data $data/dolly.jsonl --context --min-prompt 128 \
     --max-prompt 448 --limit 40 --scorers $arms predictor@cut oracle:norm_gx@cut
+chosen="--data $data/dolly.jsonl --context --min-prompt 128 --max-prompt 448 --split validation
+    --limit 16 --scorers full predictor random"
+make qwen05_places $quality $large $chosen predictor@cut
+make qwen05_places_2 $quality $large $chosen --first 3 --step 6 --stages 2 --keep 0.72
+make qwen05_places_3 $quality $large $chosen --step 4 --stages 3 --keep 0.79
+make qwen05_places_7 $quality $large $chosen --first 7 --stages 1 --keep 0.475
 largest="--ckpt qwen2.5-coder-1.5b --dtype bfloat16"
 if wanted "$results/qwen15_passages.json" qwen15_passages; then
     python train.py $largest $mixed --epochs 16 --limit 49 --out out/passages-15
