@@ -156,10 +156,10 @@ def local_task(name, folder):
     return {"group": "local", "task": [task]}       # lm_eval looks up the rest of a group's tasks
 
 
-def find_tasks(manager, name, data=None):
+def find_tasks(manager, name, data):
     """A task, a group or a tag -> lm_eval's dict {"tasks": {name: Task}, "groups": ...}.
 
-    manager: lm_eval's TaskManager. data: a folder of rows; it takes tasks only.
+    manager: lm_eval's TaskManager. data: a folder of rows, or None; it takes tasks only.
     """
     try:
         return manager.load([local_task(name, data) if data else name])
@@ -168,10 +168,11 @@ def find_tasks(manager, name, data=None):
                          f"({type(e).__name__}: {e})") from None
 
 
-def measure(model, found, limit=None, shots=None):
+def measure(model, found, limit, shots):
     """Tasks as `find_tasks` gives them under a `harness_model` -> lm_eval's results.
 
-    shots: how many few-shot examples; a task that has none by its nature stays so.
+    limit: rows of each task, None: all. shots: few-shot examples, None: the task's own number; a
+    task that has none by its nature stays so.
     """
     from lm_eval import evaluate
     for task in found["tasks"].values():

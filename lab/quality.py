@@ -442,8 +442,8 @@ def line(row):
     if "share_of_gap" in row:
         text += f"   {row['share_of_gap']:8.1%}{error(row['share_stderr'], '.1%')}"
     if "predictor_ahead" in row:
-        lead, spread = row["predictor_ahead"], row["predictor_ahead_stderr"]
-        text = f"{text:95}   {lead:+8.1%}{error(spread, '.1%')}"
+        text = f"{text:95}   {row['predictor_ahead']:+8.1%}"
+        text += error(row["predictor_ahead_stderr"], ".1%")
     return text
 
 

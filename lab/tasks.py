@@ -231,14 +231,14 @@ def f1(said, right):
 def rouge_l():
     """-> score(said, right), 0 to 1: the F measure of ROUGE-L by the package rouge-score.
 
-    Its default tokenizer (lower case, what is no ASCII letter or digit parts words), and no
-    stemmer: "sells" and "sell" are two words.
+    Its defaults: lower case, what is no ASCII letter or digit parts words, and no stemmer, so
+    "sells" and "sell" are two words.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ImportError("ROUGE-L needs the package: pip install rouge-score") from None
-    measure = RougeScorer(["rougeL"], use_stemmer=False)
+    measure = RougeScorer(["rougeL"])
     return lambda said, right: measure.score(right, said)["rougeL"].fmeasure
 
 

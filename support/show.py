@@ -83,11 +83,12 @@ def hint(model, slow):
 
 
 def noise(row):
-    """What is to be said of times that other work on this machine has changed."""
+    """What is to be said of times that are one each, or that other work here has changed."""
     spread = max(row[name]["prefill_spread_s"][1] / row[name]["prefill_spread_s"][0]
                  for name in ("full", "sdtp"))
-    return "\n(this machine was busy: times differ by more than the method does)" * (
-        spread > 1.2 or row["share_of_ideal"] > 1.1)
+    return ("\n(each arm was timed once: --repeats 5 takes medians)" * (row["repeats"] == 1)
+            + "\n(this machine was busy: times differ by more than the method does)"
+            * (spread > 1.2 or row["share_of_ideal"] > 1.1))
 
 
 def in_words(name, told):

@@ -100,8 +100,9 @@ def test_an_answer_is_written_as_it_grows(text, expected, verdict, capsys):
     (1.1, 1.1, 1.05, False), (1.3, 1.1, 0.9, True), (1.1, 1.3, 0.9, True), (1.1, 1.1, 1.2, True)])
 def test_a_busy_machine_is_told(full, sdtp, share, said):
     row = {"full": {"prefill_spread_s": [1, full]}, "sdtp": {"prefill_spread_s": [1, sdtp]},
-           "share_of_ideal": share}
+           "share_of_ideal": share, "repeats": 5}
     assert ("was busy" in show.noise(row)) == said
+    assert "timed once" in show.noise(row | {"repeats": 1})
 
 
 def test_no_color_is_respected(monkeypatch):
