@@ -25,7 +25,8 @@ tasks: nll      likelihood of the response of Dolly rows {instruction, context, 
                 likely is a digit of the number, by --lengths and --depths, and is all of it the
                 model's own choice?
 scorers: full; predictor, neighbours (the same, averaged with the scores of the tokens around),
-       predictor:MASS (each stage keeps MASS of its scores' softmax, another number in each row),
+       predictor:MASS (each stage keeps MASS of its scores' softmax, another number in each row; in
+       seconds, not in FLOPs, the prompt is read twice),
        random, recent, earliest, norm, attention;
        oracle:norm_gx and so on (they need the answer: ceilings, no methods).
        The field's: progressive (LazyLLM: the last token's attention, stage by stage), middle

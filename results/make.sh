@@ -207,7 +207,7 @@ done
 arms="--scorers full predictor lookahead:32 middle"
 make qwen05_needle_both ${needle% 4096} --question both $arms
 make qwen05_needle_both_4096 ${needle/1024 2048 4096/4096} --question both $arms
-for place in first last; do         # with two quiet cores a depth takes three minutes
+for place in first last; do         # with two cores a depth takes three to seven minutes
     make qwen05_needle_${place}_8192 ${needle/1024 2048 4096/8192} --question $place $arms
 done
 
